@@ -1,0 +1,137 @@
+"""The forms that each op can be lowered to, found by its overload."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from normfuse.ops.add_rms_norm import ADD_RMS_NORM, add_rms_norm_reference
+from normfuse.ops.residual_sum import Scales
+from normfuse.ops.rms_norm import RMS_NORM, rms_norm_reference
+from normfuse.ops.rms_norm_add import RMS_NORM_ADD, rms_norm_add_reference
+from normfuse.ops.rms_norm_add_rms_norm import (
+    RMS_NORM_ADD_RMS_NORM,
+    rms_norm_add_rms_norm_reference,
+)
+from normfuse.ops.rounding import RoundingPlan
+
+_REFERENCES: dict[Any, Callable[..., Any]] = {
+    RMS_NORM: rms_norm_reference,
+    ADD_RMS_NORM: add_rms_norm_reference,
+    RMS_NORM_ADD: rms_norm_add_reference,
+    RMS_NORM_ADD_RMS_NORM: rms_norm_add_rms_norm_reference,
+}
+
+
+def inline_form(op: Any) -> Callable[..., Any]:
+    """The plain torch form, which Inductor fuses with its neighbours."""
+    return _REFERENCES[op]
+
+
+def kernel_form(op: Any, used: tuple[bool, ...]) -> Callable[..., Any]:
+    """A function of the op's arguments that launches its kernel in sight of the compiler.
+
+    Args:
+        op: the overload.
+        used: for each result of the op, whether anything reads it; the kernel does not store the
+            others.
+    """
+    launch = _LAUNCHES[op]
+
+    def form(*arguments: Any) -> Any:
+        return launch(torch.library.wrap_triton, used, *arguments)
+
+    return form
+
+
+def obstacle_to_kernel(op: Any, arguments: tuple[Any, ...]) -> str | None:
+    """Why a site cannot take the Triton form, as a sentence; None if it can."""
+    width = arguments[0].shape[-1]
+    if not isinstance(width, int):
+        return (
+            "the width of the normalised axis is symbolic, and the kernel is compiled for one width"
+        )
+    for value in arguments:
+        if isinstance(value, torch.SymFloat):
+            return "eps or a scale is symbolic, and the kernel is compiled for its value"
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "triton is not installed"
+    return None
+
+
+def _launch_rms_norm(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
+    from normfuse.ops.kernels.rms_norm import launch
+
+    *values, plan = arguments
+    return launch(*values, RoundingPlan.parse(plan), store_rstd=used[1], wrap=wrap)
+
+
+def _launch_add_rms_norm(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
+    from normfuse.ops.kernels.add_rms_norm import launch
+
+    x, residual, weight, *scales, eps, offset, plan = arguments
+    return launch(
+        x,
+        residual,
+        weight,
+        Scales(*scales),
+        eps,
+        offset,
+        RoundingPlan.parse(plan),
+        store_total=used[1],
+        store_rstd=used[2],
+        wrap=wrap,
+    )
+
+
+def _launch_rms_norm_add(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
+    from normfuse.ops.kernels.rms_norm_add import launch
+
+    x, residual, weight, *scales, eps, offset, plan = arguments
+    return launch(
+        x,
+        residual,
+        weight,
+        Scales(*scales),
+        eps,
+        offset,
+        RoundingPlan.parse(plan),
+        store_rstd=used[1],
+        wrap=wrap,
+    )
+
+
+def _launch_rms_norm_add_rms_norm(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
+    from normfuse.ops.kernels.rms_norm_add_rms_norm import launch
+
+    x, residual, weight_1, weight_2, *scales = arguments[:8]
+    eps_1, offset_1, plan_1, eps_2, offset_2, plan_2 = arguments[8:]
+    return launch(
+        x,
+        residual,
+        weight_1,
+        weight_2,
+        Scales(*scales),
+        eps_1,
+        offset_1,
+        RoundingPlan.parse(plan_1),
+        eps_2,
+        offset_2,
+        RoundingPlan.parse(plan_2),
+        store_total=used[1],
+        store_rstd_1=used[2],
+        store_rstd_2=used[3],
+        wrap=wrap,
+    )
+
+
+_LAUNCHES: dict[Any, Callable[..., Any]] = {
+    RMS_NORM: _launch_rms_norm,
+    ADD_RMS_NORM: _launch_add_rms_norm,
+    RMS_NORM_ADD: _launch_rms_norm_add,
+    RMS_NORM_ADD_RMS_NORM: _launch_rms_norm_add_rms_norm,
+}

@@ -1,0 +1,204 @@
+"""RMSNorm: y = x / sqrt(mean(x^2) + eps) * (weight + offset), over the last axis.
+
+Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019. The offset is 1 in Gemma's and
+Qwen3-Next's norms, whose weight is stored around zero; it is added in the kernel at every call, so
+that no folded copy of the weight exists that could go stale.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from normfuse.ops.registration import register
+from normfuse.ops.rounding import RoundingPlan
+from normfuse.ops.validation import check_activation, check_eps, check_weight
+
+SCHEMA = (
+    "rms_norm(Tensor x, Tensor? weight, Tensor? eps_tensor, float eps, float offset, str plan)"
+    " -> (Tensor y, Tensor rstd)"
+)
+
+
+def rms_norm_reference(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps_tensor: torch.Tensor | None,
+    eps: float,
+    offset: float,
+    plan: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The meaning: x (..., N), weight (N,) or None -> y (..., N) in `plan.out`, rstd (..., 1).
+
+    `eps_tensor`, a tensor of one element, replaces `eps` where the model keeps its eps in a buffer.
+    """
+    steps = RoundingPlan.parse(plan)
+    h = x.to(steps.compute)
+    variance = _mean_of_squares(h, steps.mean)
+    variance = variance + (eps if eps_tensor is None else eps_tensor)
+    y, rstd = _normalised(h if steps.unit[0] == steps.compute else x, variance, steps)
+    if steps.weight is not None:
+        assert weight is not None
+        y = y * _factor(weight, offset, steps.weight)
+    return y.to(steps.out), rstd
+
+
+def _mean_of_squares(h: torch.Tensor, mean: str) -> torch.Tensor:
+    squares = h.pow(2)
+    if mean == "mean":
+        return squares.mean(-1, keepdim=True)
+    total = squares.sum(-1, keepdim=True)
+    return total / h.shape[-1] if mean == "sum_divided" else total * (1.0 / h.shape[-1])
+
+
+def _normalised(
+    x: torch.Tensor, variance: torch.Tensor, steps: RoundingPlan
+) -> tuple[torch.Tensor, torch.Tensor]:
+    x = x.to(steps.unit[0])
+    if steps.root == "divide_by_sqrt":
+        root = variance.sqrt()
+        unit, rstd = x / root.to(steps.rstd).to(steps.unit[0]), root.reciprocal()
+    else:
+        if steps.root == "rsqrt":
+            rstd = variance.rsqrt()
+        elif steps.root == "pow":
+            rstd = variance.pow(-0.5)
+        else:
+            rstd = variance.sqrt().reciprocal()
+        unit = x * rstd.to(steps.rstd).to(steps.unit[0])
+    for dtype in steps.unit[1:]:
+        unit = unit.to(dtype)
+    return unit, rstd
+
+
+def _factor(
+    weight: torch.Tensor, offset: float, dtypes: tuple[torch.dtype, torch.dtype]
+) -> torch.Tensor:
+    weight = weight.to(dtypes[0])
+    return (weight + offset if offset else weight).to(dtypes[1])
+
+
+def rms_norm_fake(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps_tensor: torch.Tensor | None,
+    eps: float,
+    offset: float,
+    plan: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    steps = RoundingPlan.parse(plan)
+    rstd = torch.empty_like(x[..., :1], dtype=steps.compute)
+    return torch.empty_like(x, dtype=steps.out), rstd
+
+
+def _cuda(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps_tensor: torch.Tensor | None,
+    eps: float,
+    offset: float,
+    plan: str,
+) -> Any:
+    from normfuse.ops.kernels.rms_norm import launch
+
+    return launch(x, weight, eps_tensor, eps, offset, RoundingPlan.parse(plan))
+
+
+def rms_norm_backward(
+    grad_y: torch.Tensor | None,
+    grad_rstd: torch.Tensor | None,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    rstd: torch.Tensor,
+    offset: float,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Gradients of x (in the statistic's type, unrounded) and weight (in the weight's type).
+
+    With unit = x * rstd and g = grad_y * (weight + offset):
+        grad_x = rstd * (g - unit * mean(g * unit)) - grad_rstd * rstd^3 * x / N
+        grad_weight = sum over rows of grad_y * unit
+    """
+    h = x.to(rstd.dtype)
+    unit = h * rstd
+    grad_x = torch.zeros_like(h)
+    grad_weight = None
+    if grad_y is not None:
+        g = grad_y.to(rstd.dtype)
+        if weight is not None:
+            grad_weight = (
+                (g * unit).flatten(0, -2).sum(0).to(weight.dtype)
+                if x.dim() > 1
+                else (g * unit).to(weight.dtype)
+            )
+            g = g * (weight.to(rstd.dtype) + offset)
+        grad_x = rstd * (g - unit * (g * unit).mean(-1, keepdim=True))
+    if grad_rstd is not None:
+        grad_x = grad_x - grad_rstd * rstd.pow(3) * h / x.shape[-1]
+    return grad_x, grad_weight
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    x, weight, _, _, offset, _ = inputs
+    ctx.save_for_backward(x, weight, output[1])
+    ctx.offset = offset
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_y: torch.Tensor | None, grad_rstd: torch.Tensor | None) -> Any:
+    x, weight, rstd = ctx.saved_tensors
+    grad_x, grad_weight = rms_norm_backward(grad_y, grad_rstd, x, weight, rstd, ctx.offset)
+    return grad_x.to(x.dtype), grad_weight, None, None, None, None
+
+
+RMS_NORM = register(
+    SCHEMA,
+    reference=rms_norm_reference,
+    fake=rms_norm_fake,
+    cuda=_cuda,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+
+
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    offset: float = 0.0,
+    plan: RoundingPlan | None = None,
+) -> torch.Tensor:
+    """RMSNorm over the last axis: x / sqrt(mean(x^2) + eps) * (weight + offset).
+
+    Args:
+        x: (..., N), float16, bfloat16, float32 or float64; rows of any stride.
+        weight: (N,), any of these types, or None for a weightless norm.
+        eps: added to the mean of the squares.
+        offset: added to the weight; 1.0 for Gemma's norms.
+        plan: where the roundings fall; by default once, at the end, as in
+            `torch.nn.functional.rms_norm`. `RoundingPlan.before_weight(x.dtype, weight.dtype)` is
+            Llama's.
+
+    Returns:
+        (..., N) in `plan.out`, by default the type of x.
+
+    Raises:
+        TypeError, ValueError: a type, shape or device does not fit.
+    """
+    check_activation("x", x)
+    check_weight("weight", weight, x)
+    check_eps("eps", eps)
+    steps = plan or RoundingPlan.once(x.dtype, None if weight is None else weight.dtype)
+    check_plan("plan", steps, weight)
+    y: torch.Tensor = RMS_NORM(x, weight, None, eps, offset, str(steps))[0]
+    return y
+
+
+def check_plan(name: str, plan: RoundingPlan, weight: torch.Tensor | None) -> None:
+    """`plan` must speak of a weight exactly when there is one."""
+    if (plan.weight is None) != (weight is None):
+        raise ValueError(
+            f"{name} must {'have no' if weight is None else 'name the'} weight types for this "
+            f"call, got '{plan}': build it for the weight that is passed"
+        )

@@ -1,0 +1,159 @@
+"""Where eager rounds inside one RMSNorm: the part of a norm that its formula does not show.
+
+Two models can compute the same formula in bfloat16 and differ in a third of their bits, because one
+rounds the normalised value before the weight (Llama) and the other after it (Gemma). A
+`RoundingPlan` records every such choice of one norm, exactly; every normfuse op carries one per
+norm and reproduces it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+
+_SHORT = {
+    torch.float64: "f64",
+    torch.float32: "f32",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+}
+_DTYPE = {short: dtype for dtype, short in _SHORT.items()}
+
+MEANS = ("mean", "sum_divided", "sum_scaled")
+ROOTS = ("rsqrt", "pow", "reciprocal_sqrt", "divide_by_sqrt")
+
+FLOATS = tuple(_SHORT)
+
+
+def short_name(dtype: torch.dtype) -> str:
+    """`torch.bfloat16` -> `"bf16"`, the name that plans and kernels use."""
+    return _SHORT[dtype]
+
+
+def is_exact_cast(source: torch.dtype, target: torch.dtype) -> bool:
+    """Whether every value of `source` is a value of `target`, so that the cast rounds nothing."""
+    return torch.promote_types(source, target) == target
+
+
+@dataclass(frozen=True)
+class RoundingPlan:
+    """The rounding steps of one RMSNorm, in the order in which eager takes them.
+
+        h      = x.to(compute)
+        rstd   = root(mean(h * h) + eps)               in compute
+        unit   = x * rstd.to(rstd)                     formed in unit[0], then cast to unit[1], ...
+        factor = (weight.to(weight[0]) + offset).to(weight[1])
+        y      = (unit * factor).to(out)               the product in the promoted type
+
+    Attributes:
+        compute: type in which the statistic is formed.
+        mean: `"mean"`, `"sum_divided"` (sum / N) or `"sum_scaled"` (sum * (1 / N)).
+        root: `"rsqrt"`, `"pow"` (v ** -0.5), `"reciprocal_sqrt"` (1 / sqrt(v), multiplied) or
+            `"divide_by_sqrt"` (x / sqrt(v)).
+        rstd: type to which the inverse root is rounded before it multiplies x.
+        unit: type of the product, then the casts up to the weight. At most one of them rounds
+            further.
+        weight: type in which the offset is added, and type that multiplies; None for a weightless
+            norm.
+        out: type of the result.
+    """
+
+    compute: torch.dtype
+    rstd: torch.dtype
+    unit: tuple[torch.dtype, ...]
+    weight: tuple[torch.dtype, torch.dtype] | None
+    out: torch.dtype
+    mean: str = "mean"
+    root: str = "rsqrt"
+
+    def __post_init__(self) -> None:
+        for dtype in (self.compute, self.rstd, *self.unit, *(self.weight or ()), self.out):
+            if dtype not in _SHORT:
+                names = ", ".join(str(d) for d in _SHORT)
+                raise TypeError(f"a rounding plan holds floating types ({names}), got {dtype}")
+        if self.mean not in MEANS or self.root not in ROOTS:
+            raise ValueError(
+                f"mean must be one of {MEANS} and root one of {ROOTS}, got {self.mean}, {self.root}"
+            )
+
+    @classmethod
+    def once(cls, x: torch.dtype, weight: torch.dtype | None) -> RoundingPlan:
+        """One rounding, at the end: `torch.nn.functional.rms_norm`."""
+        compute = torch.promote_types(x, torch.float32)
+        factor = None if weight is None else (weight, weight)
+        unit = (compute, x) if weight is None else (compute,)
+        return cls(compute=compute, rstd=compute, unit=_without_repeats(unit), weight=factor, out=x)
+
+    @classmethod
+    def before_weight(cls, x: torch.dtype, weight: torch.dtype) -> RoundingPlan:
+        """The normalised value is rounded to x's type, then multiplied: `LlamaRMSNorm`."""
+        compute = torch.promote_types(x, torch.float32)
+        return cls(
+            compute=compute,
+            rstd=compute,
+            unit=_without_repeats((compute, x)),
+            weight=(weight, weight),
+            out=torch.promote_types(x, weight),
+        )
+
+    def fast(self) -> RoundingPlan:
+        """The same norm with one rounding only, at the result (`numerics="fast"`)."""
+        wide = torch.promote_types(self.compute, torch.float32)
+        if self.weight is None:
+            return replace(self, compute=wide, rstd=wide, unit=_without_repeats((wide, self.out)))
+        return replace(self, compute=wide, rstd=wide, unit=(wide,), weight=(wide, wide))
+
+    def __str__(self) -> str:
+        """The form that ops carry, defaults left out: `f32 unit=f32>bf16 weight=bf16 out=bf16`."""
+        words = [_SHORT[self.compute]]
+        if self.mean != "mean":
+            words.append(self.mean)
+        if self.root != "rsqrt":
+            words.append(self.root)
+        if self.rstd != self.compute:
+            words.append("rstd=" + _SHORT[self.rstd])
+        words.append("unit=" + ">".join(_SHORT[dtype] for dtype in self.unit))
+        if self.weight is not None:
+            words.append("weight=" + ">".join(_SHORT[d] for d in _without_repeats(self.weight)))
+        words.append("out=" + _SHORT[self.out])
+        return " ".join(words)
+
+    @staticmethod
+    def parse(text: str) -> RoundingPlan:
+        """The plan that `str(plan)` wrote; ValueError if `text` is none."""
+        return _parse(text)
+
+
+def _without_repeats(dtypes: tuple[torch.dtype, ...]) -> tuple[torch.dtype, ...]:
+    return tuple(d for i, d in enumerate(dtypes) if i == 0 or d != dtypes[i - 1])
+
+
+@cache
+def _parse(text: str) -> RoundingPlan:
+    short = "|".join(_DTYPE)
+    chain = rf"(?:{short})(?:>(?:{short}))*"
+    match = re.fullmatch(
+        rf"(?P<compute>{short})(?: (?P<mean>{'|'.join(MEANS)}))?(?: (?P<root>{'|'.join(ROOTS)}))?"
+        rf"(?: rstd=(?P<rstd>{short}))? unit=(?P<unit>{chain})(?: weight=(?P<weight>{chain}))?"
+        rf" out=(?P<out>{short})",
+        text,
+    )
+    if match is None:
+        raise ValueError(
+            f"a rounding plan reads like 'f32 unit=f32>bf16 weight=bf16 out=bf16', got {text!r}: "
+            "write it with str(RoundingPlan(...))"
+        )
+    words = match.groupdict()
+    weight = words["weight"] and tuple(_DTYPE[name] for name in words["weight"].split(">"))
+    return RoundingPlan(
+        compute=_DTYPE[words["compute"]],
+        mean=words["mean"] or "mean",
+        root=words["root"] or "rsqrt",
+        rstd=_DTYPE[words["rstd"] or words["compute"]],
+        unit=tuple(_DTYPE[name] for name in words["unit"].split(">")),
+        weight=(weight[0], weight[-1]) if weight else None,
+        out=_DTYPE[words["out"]],
+    )

@@ -1,0 +1,83 @@
+"""What the public functions refuse, with what must hold, what came and what to do."""
+
+from __future__ import annotations
+
+import torch
+
+from normfuse.ops.rounding import FLOATS
+
+
+def check_activation(name: str, value: torch.Tensor) -> None:
+    """`value` must be a floating-point tensor whose last dimension exists and is not empty."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}: pass a torch.Tensor")
+    if value.dtype not in FLOATS:
+        names = ", ".join(str(dtype) for dtype in FLOATS)
+        raise TypeError(f"{name} must have one of the types {names}, got {value.dtype}: cast it")
+    if value.dim() == 0:
+        raise ValueError(
+            f"{name} must have at least one dimension, got a 0-d tensor: "
+            "the norm is taken over the last dimension"
+        )
+    if value.shape[-1] == 0:
+        raise ValueError(
+            f"{name} must have a last dimension of at least 1, got shape {tuple(value.shape)}: "
+            "the mean of no values is undefined"
+        )
+
+
+def check_weight(name: str, weight: torch.Tensor | None, x: torch.Tensor) -> None:
+    """`weight` must be None or a vector over the last axis of `x`, on the same device."""
+    if weight is None:
+        return
+    check_activation(name, weight)
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(
+            f"{name} must have shape ({x.shape[-1]},), got {tuple(weight.shape)}: "
+            "pass the weight of the normalised axis"
+        )
+    check_device(name, weight, x)
+
+
+def check_residual(residual: torch.Tensor, x: torch.Tensor) -> None:
+    """`residual` must be a floating tensor of the shape and device of `x`."""
+    check_activation("residual", residual)
+    if residual.shape != x.shape:
+        raise ValueError(
+            f"residual must have the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}: "
+            "expand it before the call"
+        )
+    check_device("residual", residual, x)
+
+
+def check_scale(name: str, scale: float | torch.Tensor | None, x: torch.Tensor) -> None:
+    """`scale` must be None, a number, or a floating tensor of one element on the device of `x`."""
+    if scale is None or isinstance(scale, (int, float, torch.SymFloat)):
+        return
+    if not isinstance(scale, torch.Tensor) or scale.dtype not in FLOATS:
+        came = scale.dtype if isinstance(scale, torch.Tensor) else type(scale).__name__
+        raise TypeError(f"{name} must be a number or a floating-point tensor, got {came}: cast it")
+    if scale.numel() != 1 or scale.dim() > 1:
+        raise ValueError(
+            f"{name} must have shape () or (1,), got {tuple(scale.shape)}: "
+            "pass one factor for all rows"
+        )
+    check_device(name, scale, x)
+
+
+def check_device(name: str, value: torch.Tensor, x: torch.Tensor) -> None:
+    """`value` must lie on the device of `x`."""
+    if value.device != x.device:
+        raise ValueError(
+            f"{name} must be on the device of x, {x.device}, got {value.device}: move it there"
+        )
+
+
+def check_eps(name: str, eps: float | torch.Tensor) -> None:
+    """`eps` must be a number that is not negative."""
+    if isinstance(eps, torch.SymFloat):
+        return
+    if not isinstance(eps, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(eps).__name__}: pass a float")
+    if not eps >= 0:
+        raise ValueError(f"{name} must be at least 0, got {eps}: pass the eps of the model's norm")
