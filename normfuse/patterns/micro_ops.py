@@ -1,0 +1,263 @@
+"""Torch functions, tensor methods and ATen overloads, read as one vocabulary of micro-operations.
+
+The rules speak of `MUL` and `MEAN`; this file knows that `operator.mul`, `torch.multiply`,
+`x.mul(y)` and `aten.mul.Tensor` all mean `MUL`. A node that is not in the table reads as None and
+ends every match.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+Number = int | float
+Operand = Node | int | float
+
+
+class Kind(Enum):
+    ADD = auto()
+    SUB = auto()
+    MUL = auto()
+    DIV = auto()
+    POW = auto()
+    SQRT = auto()
+    RSQRT = auto()
+    RECIPROCAL = auto()
+    MEAN = auto()
+    SUM = auto()
+    CLAMP = auto()
+    CAST = auto()
+    VIEW = auto()
+    RMS_NORM = auto()
+
+
+@dataclass(frozen=True)
+class MicroOp:
+    """What one node does: its kind, its operands (nodes or numbers), and where it reduces.
+
+    `dims` is None for anything but a reduction with explicit dimensions; they are counted from 0.
+    """
+
+    kind: Kind
+    operands: tuple[Operand, ...]
+    dims: tuple[int, ...] | None = None
+    keepdim: bool = False
+
+
+def _names(kind: Kind, *targets: Any) -> dict[Any, Kind]:
+    return dict.fromkeys(targets, kind)
+
+
+_TABLE: dict[Any, Kind] = {
+    **_names(Kind.ADD, operator.add, operator.iadd, torch.add, "add"),
+    **_names(Kind.ADD, aten.add.Tensor, aten.add.Scalar),
+    **_names(Kind.SUB, operator.sub, operator.isub, torch.sub, torch.subtract, "sub", "subtract"),
+    **_names(Kind.SUB, aten.sub.Tensor, aten.sub.Scalar),
+    **_names(Kind.MUL, operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "multiply"),
+    **_names(Kind.MUL, aten.mul.Tensor, aten.mul.Scalar),
+    **_names(Kind.DIV, operator.truediv, operator.itruediv, torch.div, torch.divide),
+    **_names(Kind.DIV, torch.true_divide, "div", "divide", "true_divide"),
+    **_names(Kind.DIV, aten.div.Tensor, aten.div.Scalar),
+    **_names(Kind.POW, operator.pow, operator.ipow, torch.pow, torch.float_power, "pow"),
+    **_names(Kind.POW, "__pow__", aten.pow.Tensor_Scalar),
+    **_names(Kind.SQRT, torch.sqrt, "sqrt", aten.sqrt.default),
+    **_names(Kind.RSQRT, torch.rsqrt, "rsqrt", aten.rsqrt.default),
+    **_names(Kind.RECIPROCAL, torch.reciprocal, "reciprocal", aten.reciprocal.default),
+    **_names(Kind.MEAN, torch.mean, "mean", aten.mean.dim),
+    **_names(Kind.SUM, torch.sum, "sum", aten.sum.dim_IntList),
+    **_names(Kind.CLAMP, torch.clamp, torch.clamp_min, torch.maximum, "clamp", "clamp_min"),
+    **_names(Kind.CLAMP, "maximum", aten.clamp.default, aten.clamp_min.default),
+    **_names(Kind.CLAMP, aten.maximum.default),
+    **_names(Kind.CAST, "to", "type", "type_as", "float", "half", "bfloat16", "double"),
+    **_names(Kind.CAST, aten.to.dtype, aten._to_copy.default),
+    **_names(Kind.CAST, prims.convert_element_type.default),
+    **_names(Kind.VIEW, "view", "reshape", "unsqueeze", "expand", "expand_as", "flatten"),
+    **_names(Kind.VIEW, "contiguous", "unflatten", torch.reshape, torch.unsqueeze, torch.flatten),
+    **_names(Kind.VIEW, aten.view.default, aten.reshape.default, aten._unsafe_view.default),
+    **_names(Kind.VIEW, aten.unsqueeze.default, aten.expand.default, operator.getitem),
+    **_names(Kind.RMS_NORM, torch.rms_norm, torch.nn.functional.rms_norm),
+    **_names(Kind.RMS_NORM, aten.rms_norm.default),
+}
+_SQUARES = {torch.square, "square", aten.square.default}
+
+_BINARY = {Kind.ADD, Kind.SUB, Kind.MUL, Kind.DIV, Kind.POW}
+_UNARY = {Kind.SQRT, Kind.RSQRT, Kind.RECIPROCAL}
+
+
+def micro_op(value: Operand | None) -> MicroOp | None:
+    """The micro-operation of a node; None if the node does something else, or something more."""
+    if not isinstance(value, Node) or value.op not in ("call_function", "call_method"):
+        return None
+    target = _functional_name(value.target)
+    if target in _SQUARES:
+        return MicroOp(Kind.POW, (_first(value), 2))
+    kind = _TABLE.get(target)
+    if kind is None:
+        return None
+    reader = _READERS[kind]
+    return reader(kind, value)
+
+
+def _functional_name(target: Callable[..., Any] | str) -> Callable[..., Any] | str:
+    """`mul_` -> `mul`: an in-place method computes the same value; `mutation.py` judges."""
+    if isinstance(target, str) and target.endswith("_") and not target.endswith("__"):
+        return target[:-1]
+    return target
+
+
+def _binary(kind: Kind, node: Node) -> MicroOp | None:
+    operands = _arguments(node, ("self", "input"), ("other", "exponent"))
+    extra = set(node.kwargs) - {"self", "input", "other", "exponent", "alpha"}
+    if operands is None or extra or node.kwargs.get("alpha", 1) != 1 or len(node.args) > 2:
+        return None
+    if not any(tensor(operand) is not None for operand in operands):
+        return None
+    return MicroOp(kind, operands)
+
+
+def _unary(kind: Kind, node: Node) -> MicroOp | None:
+    operands = _arguments(node, ("self", "input"))
+    return None if operands is None or len(node.args) > 1 else MicroOp(kind, operands)
+
+
+def _clamp(kind: Kind, node: Node) -> MicroOp | None:
+    operands = _arguments(node, ("self", "input"))
+    return None if operands is None else MicroOp(kind, operands)
+
+
+def _reduction(kind: Kind, node: Node) -> MicroOp | None:
+    operands = _arguments(node, ("self", "input"))
+    source = tensor(operands[0]) if operands else None
+    if operands is None or source is None:
+        return None
+    dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis"))
+    keepdim = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
+    dims = [dims] if isinstance(dims, int) else dims
+    if not isinstance(dims, (list, tuple)) or not all(isinstance(dim, int) for dim in dims):
+        return None
+    rank = max(source.dim(), 1)
+    return MicroOp(kind, operands, tuple(dim % rank for dim in dims), bool(keepdim))
+
+
+def _cast(kind: Kind, node: Node) -> MicroOp | None:
+    """A change of type alone: `.to(device)` and memory formats are something more."""
+    source, result = tensor(_first(node)), tensor(node)
+    if source is None or result is None or source.device != result.device:
+        return None
+    if not (source.is_floating_point() and result.is_floating_point()):
+        return None
+    if source.stride() != result.stride() and node.kwargs.get("memory_format") is not None:
+        return None
+    return MicroOp(kind, (_first(node),))
+
+
+def _view(kind: Kind, node: Node) -> MicroOp | None:
+    if tensor(_first(node)) is None or tensor(node) is None:
+        return None
+    if node.target is operator.getitem and not _only_adds_axes(node.args[1]):
+        return None
+    return MicroOp(kind, (_first(node),))
+
+
+def _only_adds_axes(index: Any) -> bool:
+    """`x[..., None]`, but not `x[0]` or `x[:, :4]`."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return all(part is None or part is Ellipsis or part == slice(None) for part in parts)
+
+
+def _rms_norm(kind: Kind, node: Node) -> MicroOp | None:
+    return MicroOp(kind, (_first(node),)) if tensor(_first(node)) is not None else None
+
+
+_READERS: dict[Kind, Callable[[Kind, Node], MicroOp | None]] = {
+    **dict.fromkeys(_BINARY, _binary),
+    **dict.fromkeys(_UNARY, _unary),
+    Kind.CLAMP: _clamp,
+    Kind.MEAN: _reduction,
+    Kind.SUM: _reduction,
+    Kind.CAST: _cast,
+    Kind.VIEW: _view,
+    Kind.RMS_NORM: _rms_norm,
+}
+
+
+def _first(node: Node) -> Any:
+    return node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("self"))
+
+
+def _arguments(node: Node, *names: tuple[str, ...]) -> tuple[Operand, ...] | None:
+    found: list[Any] = list(node.args[: len(names)])
+    for alternatives in names[len(found) :]:
+        found.append(
+            next((node.kwargs[name] for name in alternatives if name in node.kwargs), None)
+        )
+    usable = all(isinstance(value, (Node, int, float)) for value in found)
+    return tuple(found) if usable else None
+
+
+def tensor(value: Any) -> torch.Tensor | None:
+    """The fake tensor that a node holds, in either stage's metadata; None if it is no tensor."""
+    if not isinstance(value, Node):
+        return None
+    fake = value.meta.get("val", value.meta.get("example_value"))
+    return fake if isinstance(fake, torch.Tensor) else None
+
+
+def fake_mode(node: Node) -> FakeTensorMode:
+    """The mode that a node's fake tensor belongs to."""
+    fake = tensor(node)
+    assert isinstance(fake, FakeTensor), f"{node} holds no fake tensor"
+    return fake.fake_mode
+
+
+def dtype(node: Node) -> torch.dtype:
+    """The type of a node that is known to hold a tensor."""
+    return fake_of(node).dtype
+
+
+def fake_of(node: Node) -> torch.Tensor:
+    """The fake tensor of a node that is known to hold one."""
+    fake = tensor(node)
+    assert fake is not None, f"{node} holds no tensor"
+    return fake
+
+
+def width_of(node: Node) -> int | None:
+    """The size of a node's last axis; None where that is symbolic and nothing has fixed it yet."""
+    size: Any = fake_of(node).shape[-1]
+    if isinstance(size, torch.SymInt):
+        # `dynamic=True` makes every axis symbolic; the product with a weight has fixed this one.
+        return size.node.maybe_as_int()
+    return int(size)
+
+
+def same_sizes(left: Sequence[Any], right: Sequence[Any]) -> bool:
+    """Whether two shapes are surely equal; symbolic sizes are compared without adding a guard."""
+    return len(left) == len(right) and all(
+        statically_known_true(a == b) for a, b in zip(left, right, strict=True)
+    )
+
+
+def source_of(value: Operand | None, kind: Kind) -> Node | None:
+    """The operand of a node of this kind: `source_of(x.float(), CAST)` is `x`."""
+    op = micro_op(value)
+    if op is None or op.kind is not kind or not isinstance(op.operands[0], Node):
+        return None
+    return op.operands[0]
+
+
+def pairs(op: MicroOp) -> tuple[tuple[Operand, Operand], tuple[Operand, Operand]]:
+    """Both orders of a commutative operation's operands."""
+    left, right = op.operands
+    return (left, right), (right, left)

@@ -1,0 +1,186 @@
+"""x -> RMSNorm, in any spelling  =>  normfuse::rms_norm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch.fx import Node
+
+from normfuse.ops import RMS_NORM
+from normfuse.ops.rounding import FLOATS, RoundingPlan
+from normfuse.patterns.decline import Decline
+from normfuse.patterns.micro_ops import Kind, Operand, dtype, fake_mode, fake_of, micro_op, tensor
+from normfuse.patterns.rule import Context, Rule, emit, erase, result
+from normfuse.patterns.scaling import Scaling, read_scaling
+from normfuse.patterns.statistic import Candidate, Statistic, find_statistic, read_statistic
+
+
+@dataclass(frozen=True)
+class Norm:
+    """One recognised norm: the operands of the op, and the nodes that it replaces.
+
+    `last` is the node whose value becomes the op's result, after `views` are applied to it; `rstd`
+    is the inverse root where something else reads it too.
+    """
+
+    x: Node
+    weight: Node | None
+    eps: Operand
+    offset: float
+    plan: RoundingPlan
+    last: Node
+    views: tuple[Node, ...]
+    rstd: Node | None
+    nodes: tuple[Node, ...]
+
+
+def find_site(node: Node) -> Candidate | Node | None:
+    """The RMS statistic that `node` is the root of: a candidate, a call of `rms_norm`, or None."""
+    op = micro_op(node)
+    if op is None:
+        return None
+    return node if op.kind is Kind.RMS_NORM else find_statistic(node)
+
+
+def read_norm(site: Candidate | Node) -> Norm:
+    """The norm at a site.
+
+    Raises:
+        Decline: it is none, or its roundings cannot be read.
+    """
+    if isinstance(site, Node):
+        return _read_call(site)
+    statistic = read_statistic(site)
+    scaling = read_scaling(statistic)
+    weight = scaling.weight
+    return Norm(
+        x=scaling.product.x,
+        weight=weight.node if weight else None,
+        eps=statistic.eps,
+        offset=weight.offset if weight else 0.0,
+        plan=scaling.plan(statistic),
+        last=scaling.last,
+        views=scaling.views,
+        rstd=_escaping_rstd(statistic, scaling),
+        nodes=(*statistic.nodes, *scaling.product.nodes, *scaling.nodes),
+    )
+
+
+def _escaping_rstd(statistic: Statistic, scaling: Scaling) -> Node | None:
+    ours = {*statistic.nodes, *scaling.product.nodes}
+    root = statistic.root
+    if scaling.product.kind == "reciprocal_sqrt":
+        if any(user not in ours for user in root.users):
+            raise Decline("the square root of the variance has another user, which no op returns")
+        root = scaling.product.nodes[0]
+    if all(user in ours for user in root.users) and all(
+        user in ours for node in scaling.product.nodes[:-1] for user in node.users
+    ):
+        return None
+    if scaling.product.kind == "divide_by_sqrt":
+        raise Decline("the square root of the variance has another user, which no op returns")
+    if fake_of(root).dim() != fake_of(statistic.h).dim():
+        raise Decline("the inverse root has another user and was reduced without keepdim")
+    return root
+
+
+def _read_call(node: Node) -> Norm:
+    """`F.rms_norm(x, normalized_shape, weight, eps)`, which `torch.nn.RMSNorm` calls."""
+    names = ("input", "normalized_shape", "weight", "eps")
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    x, shape = given["input"], given["normalized_shape"]
+    assert isinstance(x, Node)
+    if not isinstance(shape, (list, tuple)) or len(shape) != 1:
+        raise Decline("the norm does not run over the last dimension alone")
+    if dtype(x) not in FLOATS:
+        raise Decline(f"the statistic is computed in {dtype(x)}, which no kernel has")
+    weight = given.get("weight")
+    assert weight is None or isinstance(weight, Node)
+    plan = RoundingPlan.once(dtype(x), None if weight is None else dtype(weight))
+    eps = cast("float | Node | None", given.get("eps"))
+    return Norm(
+        x=x,
+        weight=weight,
+        eps=torch.finfo(plan.compute).eps if eps is None else eps,
+        offset=0.0,
+        plan=plan,
+        last=node,
+        views=(),
+        rstd=None,
+        nodes=(node,),
+    )
+
+
+def rewrite(norm: Norm, context: Context) -> Node:
+    """Replace the nodes of a norm by one op; returns the op's node."""
+    eps_tensor = norm.eps if tensor(norm.eps) is not None else None
+    if isinstance(eps_tensor, Node) and fake_of(eps_tensor).device != fake_of(norm.x).device:
+        raise Decline("eps is a tensor on another device than the activations")
+    reads = [node for node in (norm.x, norm.weight, eps_tensor) if isinstance(node, Node)]
+    context.mutations.forbid_between(norm.nodes)
+    before = _position(norm, reads)
+    eps = 0.0 if eps_tensor is not None else norm.eps
+    arguments = (
+        norm.x,
+        norm.weight,
+        eps_tensor,
+        eps if isinstance(eps, Node) else float(eps),
+        norm.offset,
+        context.plan(norm.plan),
+    )
+    op = emit(
+        context, RMS_NORM, arguments, _fake_results(norm, context), before=before, like=norm.last
+    )
+    if norm.rstd is not None:
+        norm.rstd.replace_all_uses_with(
+            result(context, op, 1), delete_user_cb=lambda user: user not in norm.nodes
+        )
+    value = result(context, op, 0)
+    for view in norm.views:
+        value = _repeat_view(view, value, norm.last, context)
+    norm.last.replace_all_uses_with(value)
+    erase(norm.nodes)
+    return op
+
+
+def _position(norm: Norm, reads: list[Node]) -> Node:
+    if norm.rstd is None:
+        return norm.last
+    position = norm.rstd.next
+    if any(not node < position for node in reads):
+        raise Decline("the weight is computed after the first use of the inverse root")
+    return position
+
+
+def _fake_results(norm: Norm, context: Context) -> tuple[torch.Tensor, torch.Tensor]:
+    x = tensor(norm.x)
+    assert x is not None
+    with fake_mode(norm.x):
+        y = tensor(norm.last) if not norm.views else torch.empty_like(x, dtype=norm.plan.out)
+        rstd = torch.empty_like(x[..., :1], dtype=norm.plan.compute)
+    assert y is not None
+    return y, rstd
+
+
+def _repeat_view(view: Node, value: Node, last: Node, context: Context) -> Node:
+    """The same view of the op's result."""
+    with context.graph.inserting_before(last):
+        copy = context.graph.node_copy(view, lambda _: value)
+    with fake_mode(value):
+        copy.meta[context.fake_key] = fake_of(value).reshape(fake_of(view).shape)
+    return copy
+
+
+def _apply(node: Node, context: Context) -> Node | None:
+    site = find_site(node)
+    return None if site is None else rewrite(read_norm(site), context)
+
+
+RULE = Rule(
+    name="rms_norm",
+    before="x -> RMSNorm",
+    families="all, each with its own spelling and rounding; `F.rms_norm` and `nn.RMSNorm`",
+    apply=_apply,
+)

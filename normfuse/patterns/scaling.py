@@ -1,0 +1,330 @@
+"""The second half of an RMSNorm: x * rstd, its casts, the weight, and the type of the result.
+
+Everything that rounds is read from the types of the nodes, never from the names of the operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from torch.fx import Node
+
+from normfuse.ops.rounding import FLOATS, RoundingPlan, is_exact_cast
+from normfuse.patterns.decline import Decline
+from normfuse.patterns.micro_ops import (
+    Kind,
+    Operand,
+    dtype,
+    fake_of,
+    micro_op,
+    pairs,
+    same_sizes,
+    source_of,
+    tensor,
+    width_of,
+)
+from normfuse.patterns.statistic import Statistic
+
+
+@dataclass(frozen=True)
+class Product:
+    """The node where x meets its inverse root: `unit = x * rstd`, or `x / sqrt`."""
+
+    node: Node
+    x: Node
+    inverse: Node
+    kind: str
+    rstd: torch.dtype
+    nodes: tuple[Node, ...]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """`weight + offset`: the plain weight, and the types of the sum and of the factor."""
+
+    node: Node
+    offset: float
+    dtypes: tuple[torch.dtype, torch.dtype]
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """The whole tail of a norm, down to `last`, the node that the op replaces.
+
+    `views` keep the last axis and lie between the product and `last`; they are applied to the op's
+    result.
+    """
+
+    product: Product
+    unit: tuple[torch.dtype, ...]
+    weight: Weight | None
+    out: torch.dtype
+    last: Node
+    views: tuple[Node, ...]
+    nodes: tuple[Node, ...]
+
+    def plan(self, statistic: Statistic) -> RoundingPlan:
+        return RoundingPlan(
+            compute=dtype(statistic.h),
+            mean=statistic.mean,
+            root=self.product.kind,
+            rstd=self.product.rstd,
+            unit=self.unit,
+            weight=self.weight.dtypes if self.weight else None,
+            out=self.out,
+        )
+
+
+def read_scaling(statistic: Statistic) -> Scaling:
+    """What follows a statistic.
+
+    Raises:
+        Decline: its root does not multiply the squared value, or the weight is no row vector.
+    """
+    product = _read_product(statistic)
+    scaling = Scaling(
+        product,
+        unit=(dtype(product.node),),
+        weight=None,
+        out=dtype(product.node),
+        last=product.node,
+        views=(),
+        nodes=(product.node,),
+    )
+    longest = scaling
+    while (longer := _extend(scaling)) is not None:
+        is_view = longer.views != scaling.views
+        scaling = longer
+        longest = longest if is_view else scaling
+    return longest
+
+
+def _read_product(statistic: Statistic) -> Product:
+    others = []
+    for inverse, kind, path in _inverses(statistic):
+        for user in inverse.users:
+            op = micro_op(user)
+            if op is None or op.kind not in (Kind.MUL, Kind.DIV):
+                continue
+            value, root = op.operands
+            if op.kind is Kind.MUL:
+                value = value if root is inverse else root
+            wanted = Kind.DIV if kind == "divide_by_sqrt" else Kind.MUL
+            if op.kind is not wanted or (op.kind is Kind.DIV and root is not inverse):
+                continue
+            if _is_same_value(value, statistic.h):
+                assert isinstance(value, Node)
+                _check_promotion(user, value, inverse)
+                x = _uncast(value)
+                return Product(user, x, inverse, kind, _rounded_to(statistic, path), (*path, user))
+            others.append(user)
+    if others:
+        raise Decline("the inverse root multiplies another value than the one that was squared")
+    raise Decline("no product of the squared value and its inverse root follows the statistic")
+
+
+def _inverses(statistic: Statistic) -> Iterator[tuple[Node, str, tuple[Node, ...]]]:
+    """Every node that holds the inverse root, its spelling, and the casts and views up to it."""
+    kind = "divide_by_sqrt" if statistic.kind == "sqrt" else statistic.kind
+    waiting: list[tuple[Node, str, tuple[Node, ...]]] = [(statistic.root, kind, ())]
+    while waiting:
+        node, kind, path = waiting.pop()
+        yield node, kind, path
+        for user in node.users:
+            op = micro_op(user)
+            if op is None:
+                continue
+            if op.kind is Kind.CAST or (op.kind is Kind.VIEW and _is_column(user, statistic.h)):
+                waiting.append((user, kind, (*path, user)))
+            elif kind == "divide_by_sqrt" and not path and _inverts(op.kind, op.operands):
+                waiting.append((user, "reciprocal_sqrt", (*path, user)))
+
+
+def _is_column(node: Node, h: Node) -> bool:
+    """A view that broadcasts against h as one number per row."""
+    shape, rows = fake_of(node).shape, fake_of(h).shape
+    if len(shape) != len(rows) or not same_sizes(shape[:-1], rows[:-1]):
+        return False
+    return same_sizes(shape[-1:], (1,)) or same_sizes(shape[-1:], rows[-1:])
+
+
+def _rounded_to(statistic: Statistic, path: tuple[Node, ...]) -> torch.dtype:
+    """The type to which the inverse root is rounded: the narrowest that it passes through."""
+    rounded = current = dtype(statistic.root)
+    for node in path:
+        if not is_exact_cast(current, dtype(node)):
+            if rounded != dtype(statistic.root):
+                raise Decline("the inverse root is rounded twice before it multiplies")
+            rounded = dtype(node)
+        current = dtype(node)
+    return rounded
+
+
+def _inverts(kind: Kind, operands: tuple[Operand, ...]) -> bool:
+    if kind is Kind.RECIPROCAL:
+        return True
+    if kind is Kind.DIV:
+        return operands[0] in (1, 1.0)
+    return kind is Kind.POW and operands[1] in (-1, -1.0)
+
+
+def _is_same_value(value: Operand, h: Node) -> bool:
+    return isinstance(value, Node) and tensor(value) is not None and _uncast(value) is _uncast(h)
+
+
+def _uncast(node: Node) -> Node:
+    """The value before casts that round nothing: `x.float()` is x."""
+    while (source := source_of(node, Kind.CAST)) is not None and is_exact_cast(
+        dtype(source), dtype(node)
+    ):
+        node = source
+    return node
+
+
+def _check_promotion(node: Node, left: Node, right: Node) -> None:
+    expected = torch.promote_types(dtype(left), dtype(right))
+    if dtype(node) != expected:
+        raise Decline(
+            f"a product of {dtype(left)} and {dtype(right)} has type {dtype(node)} here "
+            "(autocast?): its roundings cannot be read exactly"
+        )
+
+
+def _extend(scaling: Scaling) -> Scaling | None:
+    """The scaling with one more node; None at its end."""
+    users = [user for user in scaling.last.users if "_assert_" not in str(user.target)]
+    if len(users) != 1:
+        return None
+    (user,) = users
+    op = micro_op(user)
+    if op is None or dtype(user) not in FLOATS:
+        return None
+    if op.kind is Kind.CAST:
+        return _with_cast(scaling, user)
+    if op.kind is Kind.VIEW and _keeps_rows(user, scaling.last):
+        return replace(
+            scaling, last=user, views=(*scaling.views, user), nodes=(*scaling.nodes, user)
+        )
+    if op.kind is Kind.MUL and scaling.weight is None:
+        factor = op.operands[1] if op.operands[0] is scaling.last else op.operands[0]
+        return _with_weight(scaling, user, factor)
+    return None
+
+
+def _with_cast(scaling: Scaling, cast: Node) -> Scaling | None:
+    target = dtype(cast)
+    longer = replace(scaling, last=cast, out=target, nodes=(*scaling.nodes, cast))
+    if target == scaling.out:
+        return longer
+    if scaling.weight is not None:
+        formed = torch.promote_types(scaling.unit[-1], scaling.weight.dtypes[1])
+        return longer if scaling.out == formed else None
+    return (
+        replace(longer, unit=(*scaling.unit, target))
+        if _rounds_once(scaling.unit, target)
+        else None
+    )
+
+
+def _rounds_once(unit: tuple[torch.dtype, ...], target: torch.dtype) -> bool:
+    """Whether casting further to `target` still leaves one rounding after the product."""
+    rounded = [second for first, second in pairwise(unit) if not is_exact_cast(first, second)]
+    return len(unit) < 3 and (is_exact_cast(unit[-1], target) or not rounded)
+
+
+def _keeps_rows(view: Node, source: Node) -> bool:
+    """A view that keeps the last axis, and whose arguments are plain numbers."""
+    if any(isinstance(argument, Node) for argument in view.args[1:]):
+        return False
+    before, after = fake_of(source), fake_of(view)
+    return same_sizes(before.shape[-1:], after.shape[-1:]) and same_sizes(
+        (before.numel(),), (after.numel(),)
+    )
+
+
+def _with_weight(scaling: Scaling, product: Node, factor: Operand) -> Scaling | None:
+    if not isinstance(factor, Node) or tensor(factor) is None or dtype(factor) not in FLOATS:
+        return None
+    width = width_of(scaling.last)
+    assert width is not None  # the statistic has been read
+    shape = fake_of(factor).shape
+    is_row = same_sizes(shape, (1,) * (len(shape) - 1) + (width,)) and len(shape) >= 1
+    if not is_row or len(shape) > len(fake_of(product).shape):
+        if (
+            _is_parameter(factor)
+            and len(shape) > 0
+            and same_sizes(shape[-1:], (1,))
+            and (not same_sizes(shape, (1,) * len(shape)))
+        ):
+            raise Decline(
+                f"the weight of shape {tuple(shape)} is no row vector over the last axis, {width}"
+            )
+        return None
+    _check_promotion(product, scaling.last, factor)
+    weight = _read_weight(factor, width)
+    if weight is None:
+        return None
+    return replace(
+        scaling,
+        weight=weight,
+        out=dtype(product),
+        last=product,
+        nodes=(*scaling.nodes, product),
+    )
+
+
+def _is_parameter(node: Node) -> bool:
+    """A graph input, up to casts, views and an offset."""
+    current: Operand = node
+    while (op := micro_op(current)) is not None and op.kind in (Kind.CAST, Kind.VIEW, Kind.ADD):
+        current = op.operands[0] if isinstance(op.operands[0], Node) else op.operands[1]
+    return isinstance(current, Node) and current.op in ("placeholder", "get_attr")
+
+
+def _read_weight(factor: Node, width: int) -> Weight | None:
+    """`(weight.float() + 1.0).to(bf16)` -> weight, 1.0, (f32, bf16); a lone cast goes as well."""
+    multiplied = dtype(factor)
+    node = _unview(factor)
+    inner = source_of(node, Kind.CAST)
+    summed = _unview(inner) if inner is not None else node
+    for candidate in (node, summed):
+        op = micro_op(candidate)
+        if op is None or op.kind is not Kind.ADD:
+            continue
+        for value, offset in pairs(op):
+            if not isinstance(value, Node) or isinstance(offset, Node):
+                continue
+            plain = _peel_cast(value)
+            if dtype(value) == dtype(candidate) and _is_vector(plain, width):
+                return Weight(plain, float(offset), (dtype(candidate), multiplied))
+    plain = _peel_cast(node)
+    if _is_vector(plain, width):
+        return Weight(plain, 0.0, (multiplied, multiplied))
+    return Weight(node, 0.0, (multiplied, multiplied)) if _is_vector(node, width) else None
+
+
+def _peel_cast(node: Node) -> Node:
+    source = source_of(_unview(node), Kind.CAST)
+    return _unview(source) if source is not None else _unview(node)
+
+
+def _unview(node: Node) -> Node:
+    """A vector before the views that only add leading axes of size 1."""
+    while (source := source_of(node, Kind.VIEW)) is not None:
+        before, after = fake_of(source), fake_of(node)
+        if (
+            before.dim() < 1
+            or before.shape[-1] != after.shape[-1]
+            or before.numel() != after.numel()
+        ):
+            break
+        node = source
+    return node
+
+
+def _is_vector(node: Node, width: int) -> bool:
+    fake = tensor(node)
+    return fake is not None and fake.shape == (width,) and fake.dtype in FLOATS
