@@ -1,0 +1,36 @@
+"""normfuse: a torch.compile backend that fuses the chains around RMSNorm of unmodified models."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from normfuse.backend import options
+from normfuse.explain import assert_fused, explain
+from normfuse.ops import (
+    AddRMSNorm,
+    RMSNormAddRMSNorm,
+    RoundingPlan,
+    add_rms_norm,
+    rms_norm,
+    rms_norm_add,
+    rms_norm_add_rms_norm,
+)
+from normfuse.report import Report, Site
+
+try:
+    __version__ = version("normfuse")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "AddRMSNorm",
+    "RMSNormAddRMSNorm",
+    "Report",
+    "RoundingPlan",
+    "Site",
+    "add_rms_norm",
+    "assert_fused",
+    "explain",
+    "options",
+    "rms_norm",
+    "rms_norm_add",
+    "rms_norm_add_rms_norm",
+]

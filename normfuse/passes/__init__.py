@@ -1,0 +1,76 @@
+"""The pipeline: which pass runs at which of Inductor's hooks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import Graph
+
+from normfuse.passes import inductor
+from normfuse.passes.lower import Lower
+from normfuse.passes.recognise import Recognise
+from normfuse.passes.recorder import Recorder
+from normfuse.settings import Settings
+
+
+def pipeline(
+    settings: Settings, options: dict[str, Any], recorder: Recorder | None = None
+) -> dict[str, Any]:
+    """Inductor options that hold our three passes, behind those of the user.
+
+    Args:
+        settings: our options.
+        options: the user's own Inductor options, whose passes are kept.
+        recorder: gets what was done to each site.
+    """
+    passes = (
+        ("pre_grad_custom_pass", _BeforeAutograd(settings, recorder)),
+        ("joint_custom_pre_pass", _AfterAutograd(settings, recorder)),
+        ("post_grad_custom_post_pass", _LowerAll(Lower(settings, recorder), recorder)),
+    )
+    return {
+        hook: inductor.chained(hook, inductor.Hook(function, f"{hook} {settings}"), options)
+        for hook, function in passes
+    }
+
+
+@dataclass(frozen=True)
+class _BeforeAutograd:
+    """Recognise on Dynamo's graph, where a training graph still shows its true roundings."""
+
+    settings: Settings
+    recorder: Recorder | None
+
+    def __call__(self, graph: Graph) -> None:
+        if self.recorder is not None:
+            self.recorder.start(str(graph.python_code("self").src))
+        Recognise("example_value", self.settings, self.recorder)(graph)
+
+
+@dataclass(frozen=True)
+class _AfterAutograd:
+    """Recognise again on ATen, for inference: in-place spellings are functional by now."""
+
+    settings: Settings
+    recorder: Recorder | None
+
+    def __call__(self, graph: Graph) -> None:
+        if inductor.is_training(graph):
+            return
+        if self.recorder is not None:
+            self.recorder.reconsider()
+        Recognise("val", self.settings, self.recorder)(graph)
+
+
+@dataclass(frozen=True)
+class _LowerAll:
+    """Lower, then note the graph as code is generated from it."""
+
+    lower: Lower
+    recorder: Recorder | None
+
+    def __call__(self, graph: Graph) -> None:
+        self.lower(graph)
+        if self.recorder is not None:
+            self.recorder.finish(str(graph.python_code("self").src))

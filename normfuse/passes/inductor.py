@@ -1,0 +1,230 @@
+"""The only module that touches `torch._inductor`: its hooks, its options, tracing for it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import torch._inductor.config as inductor_config
+from torch._functorch._aot_autograd.functional_utils import from_fun, to_fun
+from torch._inductor import custom_graph_pass, list_mode_options
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.traceback import preserve_node_meta
+
+HOOKS = ("pre_grad_custom_pass", "joint_custom_pre_pass", "post_grad_custom_post_pass")
+
+# Absent in torch 2.11.
+_InferenceAware: Any = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", None)
+
+
+@lru_cache(maxsize=1)
+def source_hash() -> str:
+    """A digest of every source file of the package: what Inductor's caches must know about us."""
+    root = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*")):
+        if path.suffix in (".py", ".json"):
+            digest.update(str(path.relative_to(root)).encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Hook(CustomGraphPass):
+    """A pass of ours with the identity that Inductor's caches ask for."""
+
+    function: Callable[[Graph], None]
+    identity: str
+
+    def __call__(self, graph: Graph) -> None:
+        self.function(graph)
+
+    def uuid(self) -> Any:
+        return ("normfuse", source_hash(), self.identity)
+
+
+@dataclass(frozen=True)
+class Chain(CustomGraphPass):
+    """Several passes in one hook; torch 2.11 and 2.12 take no list there."""
+
+    passes: tuple[Any, ...]
+
+    def __call__(self, graph: Graph, is_inference: bool = False) -> None:
+        for one in self.passes:
+            if _InferenceAware is not None and isinstance(one, _InferenceAware):
+                one(graph, is_inference)
+            else:
+                one(graph)
+
+    def uuid(self) -> Any:
+        """None, which bypasses the caches, if a pass of the user's has no identity."""
+        ids = [one.uuid() if isinstance(one, CustomGraphPass) else None for one in self.passes]
+        return None if None in ids else ("chain", *ids)
+
+
+if _InferenceAware is not None:
+
+    @dataclass(frozen=True)
+    class InferenceAwareChain(Chain, _InferenceAware):  # type: ignore[misc]
+        """A chain with a member that wants to know whether the graph is for inference."""
+
+
+def chained(hook: str, ours: Hook, options: dict[str, Any]) -> CustomGraphPass:
+    """Our pass behind those that the user has put in the same hook, by options or configuration."""
+    theirs = options.get(hook, getattr(inductor_config, hook))
+    if theirs is None:
+        return ours
+    passes = (*(theirs if isinstance(theirs, (list, tuple)) else (theirs,)), ours)
+    if _InferenceAware is not None and any(isinstance(one, _InferenceAware) for one in passes):
+        return InferenceAwareChain(passes)
+    return Chain(passes)
+
+
+def mode_options(mode: str | None) -> dict[str, Any]:
+    """Inductor's options of a mode of `torch.compile`.
+
+    Raises:
+        ValueError: there is no such mode.
+    """
+    if mode is None:
+        return {}
+    valid = list_mode_options()
+    if mode not in valid:
+        raise ValueError(
+            f"mode must be one of {', '.join(valid)}, got {mode!r}: choose one of them"
+        )
+    return dict(valid[mode])
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Every option must be one of Inductor's.
+
+    Raises:
+        ValueError: with the closest names.
+    """
+    known = inductor_config.get_config_copy()
+    for name in options:
+        if name.replace("-", "_") not in known:
+            from difflib import get_close_matches
+
+            close = (
+                ", ".join(get_close_matches(name, known, 3))
+                or "one of torch._inductor.list_options()"
+            )
+            raise ValueError(
+                f"an option must start with 'normfuse.' or be one of Inductor's, got {name!r}: "
+                f"did you mean {close}?"
+            )
+
+
+def compile_graph(
+    graph_module: GraphModule, example_inputs: Sequence[Any], patches: dict[str, Any]
+) -> Callable[..., Any]:
+    """Inductor, with these options on top of its configuration."""
+    return _callable(compile_fx(graph_module, list(example_inputs), config_patches=patches))
+
+
+def interpret_graph(
+    graph_module: GraphModule,
+    example_inputs: Sequence[Any],
+    patches: dict[str, Any],
+    finished: Callable[[GraphModule], None] | None = None,
+) -> Callable[..., Any]:
+    """The graph as Inductor would generate code for it, run node by node instead."""
+    from torch._inductor.compile_fx import _recursive_post_grad_passes
+
+    def inner_compile(inner: GraphModule, inputs: Sequence[Any], **keywords: Any) -> Any:
+        is_inference = not (keywords.get("is_backward") or _is_training_forward(keywords))
+        _recursive_post_grad_passes(inner, is_inference=is_inference)
+        if finished is not None and not keywords.get("is_backward"):
+            finished(inner)
+        return _boxed(inner)
+
+    compiled = compile_fx(
+        graph_module,
+        list(example_inputs),
+        inner_compile=inner_compile,
+        config_patches={**patches, "force_disable_caches": True},
+    )
+    return _callable(compiled)
+
+
+def _callable(compiled: Any) -> Callable[..., Any]:
+    assert callable(compiled), "compile_fx returns a function unless it is asked for a package"
+    return cast(Callable[..., Any], compiled)
+
+
+def _is_training_forward(keywords: dict[str, Any]) -> bool:
+    return not keywords.get("is_inference", True)
+
+
+def _boxed(graph_module: GraphModule) -> Callable[[list[Any]], Any]:
+    def run(arguments: list[Any]) -> Any:
+        values = list(arguments)
+        arguments.clear()
+        return graph_module.forward(*values)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+def trace(function: Callable[..., Any], inputs: Sequence[Any], *, functional: bool) -> GraphModule:
+    """The ATen graph of a function, decomposed as Inductor wants it.
+
+    Args:
+        function: takes tensors and symbolic numbers, returns a tuple of tensors and Nones.
+        inputs: fake values.
+        functional: trace without mutation, so that a kernel's launch becomes a functional node.
+    """
+
+    def functionalised(*values: Any) -> Any:
+        with FunctionalTensorMode():
+            results = function(*[to_fun(value) for value in values])
+            return [from_fun(value) for value in results]
+
+    mode = _mode_of(inputs)
+    # Inductor names its kernels after the ATen operations that this context notes.
+    with preserve_node_meta(), mode if mode is not None else nullcontext():
+        traced = make_fx(
+            functionalised if functional else function, decomposition_table=select_decomp_table()
+        )(*inputs)
+    traced.graph.eliminate_dead_code()
+    return traced
+
+
+def fake_mode_of(node: Node) -> AbstractContextManager[Any]:
+    """The fake mode of the values around a node."""
+    values = [operand.meta.get("val") for operand in node.all_input_nodes]
+    return _mode_of(values) or nullcontext()
+
+
+def _mode_of(values: Sequence[Any]) -> AbstractContextManager[Any] | None:
+    for value in values:
+        mode = getattr(value, "fake_mode", None)
+        if mode is not None:
+            return mode  # type: ignore[no-any-return]
+    return None
+
+
+def is_training(graph: Graph) -> bool:
+    """Whether a graph after autograd holds a backward too."""
+    return any(
+        node.op == "placeholder" and str(node.target).startswith("tangents") for node in graph.nodes
+    )
+
+
+def reset() -> None:
+    """Drop recorded CUDA graphs, as `backend="inductor"` does on `torch._dynamo.reset()`."""
+    from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+    reset_cudagraph_trees()

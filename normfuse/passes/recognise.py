@@ -1,0 +1,89 @@
+"""Finds norms in a graph, replaces each by one op, and joins the ops with the sums around them."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from torch.fx import Graph, Node
+
+from normfuse.passes.recorder import Place, Recorder
+from normfuse.patterns import COMPOSE, RECOGNISE
+from normfuse.patterns.decline import Decline
+from normfuse.patterns.mutation import Mutations
+from normfuse.patterns.rms_norm import find_site, read_norm, rewrite
+from normfuse.patterns.rule import Context, Rule
+from normfuse.settings import Settings
+
+log = logging.getLogger("normfuse")
+
+
+@dataclass(frozen=True)
+class Recognise:
+    """Recognise and compose on one graph.
+
+    Attributes:
+        fake_key: "example_value" before autograd, "val" after it.
+        settings: which rules, where, and with which numerics.
+        recorder: gets what was done; None in ordinary compilations.
+    """
+
+    fake_key: str
+    settings: Settings
+    recorder: Recorder | None = None
+
+    def __call__(self, graph: Graph) -> None:
+        context = Context(graph, Mutations(graph), self.fake_key, self.settings.numerics)
+        if self.settings.allows(RECOGNISE.name):
+            for node in list(graph.nodes):
+                self._recognise(node, context)
+        for rule in COMPOSE:
+            if self.settings.allows(rule.name):
+                self._compose(rule, context)
+
+    def _recognise(self, node: Node, context: Context) -> None:
+        if node._erased:
+            return
+        site = find_site(node)
+        if site is None:
+            return
+        place = Place.of(node)
+        try:
+            glob = self.settings.skipped_by(place.module)
+            if glob is not None:
+                raise Decline(f"the option normfuse.skip names this module ({glob})")
+            op = rewrite(read_norm(site), context)
+        except Decline as decline:
+            log.debug("%s (%s): left alone: %s", place.module, place.source, decline)
+            if self.recorder is not None:
+                self.recorder.declined(place, str(decline))
+            return
+        if self.recorder is not None:
+            self.recorder.fused(Place.of(op), RECOGNISE.name)
+
+    def _compose(self, rule: Rule, context: Context) -> None:
+        for node in [node for node in context.graph.nodes if is_op(node)]:
+            if node._erased:
+                continue
+            around = [(part, Place.of(part)) for part in (*_ops_behind(node), node)]
+            try:
+                fused = rule.apply(node, context)
+            except Decline as decline:
+                log.debug("%s: no %s: %s", Place.of(node).module, rule.name, decline)
+                continue
+            if fused is not None and self.recorder is not None:
+                joined = [place for part, place in around if part._erased]
+                self.recorder.composed(Place.of(fused), rule.name, joined)
+
+
+def is_op(node: Node) -> bool:
+    """Whether a node calls one of our ops."""
+    return node.op == "call_function" and getattr(node.target, "namespace", "") == "normfuse"
+
+
+def _ops_behind(node: Node) -> list[Node]:
+    return [
+        operand.args[0]
+        for operand in node.all_input_nodes
+        if operand.args and isinstance(operand.args[0], Node) and is_op(operand.args[0])
+    ]

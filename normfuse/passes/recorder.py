@@ -1,0 +1,111 @@
+"""What the passes did to each site, collected while one model is compiled."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch.fx import Node
+
+from normfuse.report import Report, Site
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in the user's model a node comes from; it survives autograd, unlike the node."""
+
+    module: str
+    source: str
+
+    @classmethod
+    def of(cls, node: Node) -> Place:
+        return cls(_module_path(node.meta.get("nn_module_stack")), _source(node))
+
+
+def _module_path(stack: Any) -> str:
+    if not stack:
+        return ""
+    path = str(next(reversed(stack.values()))[0])
+    path = re.sub(r"_modules\['([^']+)'\]", r"\1", path)
+    path = re.sub(r"L\['(\w+)'\]", r"\1", path).replace("['", ".").replace("']", "")
+    path = re.sub(r"\[(\w+)\]", r".\1", path)
+    return path.removeprefix("self").removeprefix(".")
+
+
+def _source(node: Node) -> str:
+    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    return ":".join(frames[-1]) if frames else ""
+
+
+@dataclass
+class Recorder:
+    """Sites and graph texts of the graphs that one compilation sees.
+
+    The sites that the pass before autograd declines are looked at again after it, where in-place
+    writes are gone; in an inference graph only the second word counts.
+    """
+
+    sites: list[Site] = field(default_factory=list)
+    before: list[str] = field(default_factory=list)
+    after: list[str] = field(default_factory=list)
+    _pending: list[Site] = field(default_factory=list)
+    _fused: dict[Place, list[int]] = field(default_factory=lambda: defaultdict(list))
+
+    def start(self, text: str) -> None:
+        """A new graph arrives from Dynamo."""
+        self._settle()
+        self._fused.clear()
+        self.before.append(text)
+
+    def reconsider(self) -> None:
+        """The same graph is recognised again: what was declined before is open."""
+        self._pending.clear()
+
+    def finish(self, text: str) -> None:
+        """A graph is ready for code generation."""
+        self._settle()
+        self.after.append(text)
+
+    def fused(self, place: Place, op: str) -> None:
+        self._fused[place].append(len(self.sites))
+        self.sites.append(
+            Site(
+                op, True, None, place.module, place.source, None, graph=max(len(self.before) - 1, 0)
+            )
+        )
+
+    def declined(self, place: Place, reason: str) -> None:
+        self._pending.append(
+            Site(
+                None,
+                False,
+                reason,
+                place.module,
+                place.source,
+                None,
+                graph=max(len(self.before) - 1, 0),
+            )
+        )
+
+    def composed(self, place: Place, op: str, parts: list[Place]) -> None:
+        """Sites at `parts` became one op, which stands at `place`."""
+        indices = [index for part in dict.fromkeys(parts) for index in self._fused.pop(part, [])]
+        self._fused[place].extend(indices)
+        for index in indices:
+            self.sites[index] = replace(self.sites[index], op=op)
+
+    def lowered(self, place: Place, lowering: str, reason: str | None) -> None:
+        for index in self._fused.get(place, []):
+            self.sites[index] = replace(
+                self.sites[index], lowering=lowering, lowering_reason=reason
+            )
+
+    def report(self) -> Report:
+        self._settle()
+        return Report(self.sites, "\n\n".join(self.before), "\n\n".join(self.after))
+
+    def _settle(self) -> None:
+        self.sites += self._pending
+        self._pending.clear()

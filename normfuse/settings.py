@@ -1,0 +1,101 @@
+"""The options of normfuse, all under the prefix `normfuse.`, and what each may be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
+from typing import Any
+
+PREFIX = "normfuse."
+LOWERINGS = ("auto", "triton", "inline", "op")
+NUMERICS = ("exact", "fast")
+RULE_NAMES = ("rms_norm", "rms_norm_add", "rms_norm_add_rms_norm", "add_rms_norm")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is rewritten.
+
+    Attributes:
+        lowering: what a fused op becomes. "triton": a kernel launched by Inductor's wrapper.
+            "inline": the plain decomposition, which Inductor fuses with its neighbours. "op": the
+            opaque op, for tests and debugging. "auto": "triton" where a measurement says that it
+            wins, else "inline".
+        numerics: "exact" reproduces every rounding of eager; "fast" rounds once per norm, at its
+            result.
+        rules: names of the rules to keep; None keeps all.
+        skip: rule names, or globs of module paths (`model.layers.0.*`), to leave alone.
+    """
+
+    lowering: str = "auto"
+    numerics: str = "exact"
+    rules: tuple[str, ...] | None = None
+    skip: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_choice("lowering", self.lowering, LOWERINGS)
+        _check_choice("numerics", self.numerics, NUMERICS)
+        for name in self.rules or ():
+            _check_choice("rules", name, RULE_NAMES)
+
+    @classmethod
+    def split(cls, options: Mapping[str, Any] | None) -> tuple[Settings, dict[str, Any]]:
+        """Our options of a `torch.compile(options=...)` dictionary, and the rest: Inductor's.
+
+        Raises:
+            ValueError: an unknown option or value under our prefix.
+            TypeError: a value of the wrong type.
+        """
+        ours = {key: value for key, value in (options or {}).items() if key.startswith(PREFIX)}
+        rest = {key: value for key, value in (options or {}).items() if key not in ours}
+        return cls.of(**{key.removeprefix(PREFIX): value for key, value in ours.items()}), rest
+
+    @classmethod
+    def of(cls, **values: Any) -> Settings:
+        """Settings from option values without the prefix.
+
+        Raises:
+            ValueError, TypeError: as `split`.
+        """
+        known = [field.name for field in fields(cls)]
+        for name in values:
+            if name not in known:
+                valid = ", ".join(PREFIX + option for option in known)
+                raise ValueError(
+                    f"an option must be one of {valid}, got {PREFIX + name}: correct its name"
+                )
+        for name in ("rules", "skip"):
+            if values.get(name) is not None:
+                values[name] = _names(name, values[name])
+        return cls(**values)
+
+    def allows(self, rule: str) -> bool:
+        """Whether a rule is used at all."""
+        return (self.rules is None or rule in self.rules) and rule not in self.skip
+
+    def skipped_by(self, module: str) -> str | None:
+        """The glob in `skip` that names a module path; None if none does."""
+        globs = (glob for glob in self.skip if glob not in RULE_NAMES)
+        return next((glob for glob in globs if fnmatchcase(module, glob)), None)
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        valid = ", ".join(choices)
+        raise ValueError(
+            f"{PREFIX}{name} must be one of {valid}, got {value!r}: choose one of them"
+        )
+
+
+def _names(option: str, value: object) -> tuple[str, ...]:
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    if isinstance(value, Iterable):
+        names = tuple(value)
+        if all(isinstance(name, str) for name in names):
+            return names
+    raise TypeError(
+        f"{PREFIX}{option} must be a list of names, got {value!r}: "
+        "pass for example ['add_rms_norm']"
+    )
