@@ -1,0 +1,158 @@
+"""What an op becomes: the plain decomposition, a kernel's launch, or itself."""
+
+import pytest
+import torch
+import torch._inductor.config
+from expecttest import TestCase
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import normfuse
+from normfuse.explain import explain_with
+from normfuse.ops import ADD_RMS_NORM, RMS_NORM
+from normfuse.passes import lower
+from normfuse.settings import Settings
+from tests import blocks
+from tests.blocks import activation
+from tests.graphs import render
+
+triton = pytest.importorskip("triton")
+
+LLAMA = "f32 unit=f32>bf16 weight=bf16 out=bf16"
+
+
+@pytest.fixture
+def kernels_on_cpu(monkeypatch):
+    """The Triton route without a GPU: a driver that only names a target, enough to make graphs."""
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.driver import DriverBase
+
+    class NamesATarget(DriverBase):
+        def __init__(self):
+            pass
+
+        @classmethod
+        def is_active(cls):
+            return True
+
+        def get_current_target(self):
+            return GPUTarget("cuda", 90, 32)
+
+        def map_python_to_cpp_type(self, ty):
+            return ty
+
+        def get_active_torch_device(self):
+            return torch.device("cpu")
+
+        def get_benchmarker(self):
+            raise NotImplementedError
+
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device=None):
+            return 0
+
+    monkeypatch.setattr(lower, "KERNEL_DEVICES", ("cpu",))
+    monkeypatch.setattr(triton.runtime.driver, "_active", NamesATarget(), raising=False)
+
+
+def lowered(function, *shapes, lowering="triton"):
+    """The graph of a function of bfloat16 tensors, after the last pass."""
+    with FakeTensorMode():
+        inputs = [torch.empty(shape, dtype=torch.bfloat16) for shape in shapes]
+        module = make_fx(function)(*inputs)
+    lower.Lower(Settings(lowering))(module.graph)
+    module.graph.lint()
+    return module.graph
+
+
+def add_norm(x, residual, weight):
+    y, total, _ = ADD_RMS_NORM(x, residual, weight, None, None, None, None, 1e-6, 0.0, LLAMA)
+    return y, total
+
+
+def targets(graph):
+    return [str(node.target) for node in graph.nodes if node.op == "call_function"]
+
+
+@pytest.mark.usefixtures("kernels_on_cpu")
+class TestTriton:
+    def test_no_op_of_ours_is_left(self):
+        graph = lowered(add_norm, (4, 8), (4, 8), (8,))
+        assert [target for target in targets(graph) if "normfuse" in target] == []
+        assert targets(graph).count("triton_kernel_wrapper_functional") == 1
+
+    def test_results_that_nobody_uses_are_not_stored(self):
+        graph = lowered(lambda *inputs: add_norm(*inputs)[0], (4, 8), (4, 8), (8,))
+        (launch,) = [node for node in graph.nodes if "triton" in str(node.target)]
+        assert set(launch.kwargs["kwargs"]) >= {"x_ptr", "residual_ptr", "weight_ptr", "y_ptr"}
+        assert not {"total_ptr", "rstd_ptr"} & set(launch.kwargs["kwargs"])
+
+    def test_only_results_are_written(self):
+        graph = lowered(add_norm, (4, 8), (4, 8), (8,))
+        (launch,) = [node for node in graph.nodes if "triton" in str(node.target)]
+        assert launch.kwargs["tensors_to_clone"] == ["y_ptr", "total_ptr"]
+
+    def test_layers_share_one_trace_but_no_storage(self):
+        def two_layers(x, residual, weight):
+            x, residual = add_norm(x, residual, weight)
+            return add_norm(x, residual, weight)
+
+        graph = lowered(two_layers, (4, 8), (4, 8), (8,))
+        launches = [node for node in graph.nodes if "triton" in str(node.target)]
+        buffers = [node.meta["val"] for node in graph.nodes if "empty" in str(node.target)]
+        assert len(launches) == 2
+        assert launches[0].kwargs["kernel_idx"] == launches[1].kwargs["kernel_idx"]
+        assert len({buffer.untyped_storage()._cdata for buffer in buffers}) == len(buffers) == 4
+
+    def test_the_launch_pins_the_strides_of_its_inputs(self):
+        def norm_of_a_slice(packed, weight):
+            return RMS_NORM(packed[:, :8], weight, None, 1e-6, 0.0, LLAMA)[0]
+
+        graph = lowered(norm_of_a_slice, (4, 24), (8,))
+        (launch,) = [node for node in graph.nodes if "triton" in str(node.target)]
+        _, keywords = launch.meta["eager_input_vals"]
+        assert keywords["kwargs"]["x_ptr"].stride() == (24, 1)
+        assert launch.kwargs["kwargs"]["stride_x_outer"] == 24
+
+
+class TestInline(TestCase):
+    def test_is_the_decomposition_that_inductor_would_have_had(self):
+        graph = lowered(add_norm, (4, 8), (4, 8), (8,), lowering="inline")
+        self.assertExpectedInline(render(graph), """\
+    add = aten.add.Tensor(residual_1, x_1)
+    convert_element_type = prims.convert_element_type.default(add, torch.float32)
+    pow_1 = aten.pow.Tensor_Scalar(convert_element_type, 2)
+    mean = aten.mean.dim(pow_1, (-1), True)
+    add_1 = aten.add.Tensor(mean, 1e-06)
+    rsqrt = aten.rsqrt.default(add_1)
+    mul = aten.mul.Tensor(convert_element_type, rsqrt)
+    convert_element_type_1 = prims.convert_element_type.default(mul, torch.bfloat16)
+    mul_1 = aten.mul.Tensor(convert_element_type_1, weight_1)
+    return (mul_1, add)""")
+
+
+def test_inline_generates_the_code_of_plain_inductor():
+    block = blocks.GemmaBlock().bfloat16()
+    x, residual = activation(4), activation(4)
+    assert generated(block, x, residual, {}) == generated(
+        block, x, residual, normfuse.options(lowering="inline")
+    )
+
+
+def generated(block, x, residual, options):
+    from torch._inductor.utils import run_and_get_code
+
+    torch._dynamo.reset()
+    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+        _, (code,) = run_and_get_code(torch.compile(block, options=options), x, residual)
+    return [line for line in code.splitlines() if not line.lstrip().startswith("#")]
+
+
+def test_auto_on_the_cpu_is_inline():
+    with torch.no_grad():
+        report = explain_with(blocks.LlamaBlock(), (activation(4).float(), activation(4).float()))
+    (site,) = report.sites
+    assert (site.op, site.lowering) == ("add_rms_norm", "inline")
+    assert site.lowering_reason == "the activations are on cpu, and the kernels are for CUDA"
