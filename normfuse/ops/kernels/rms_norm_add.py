@@ -1,0 +1,169 @@
+"""RMSNorm, then residual add, over rows.
+
+    rstd  = 1 / sqrt(mean(x^2) + eps)
+    total = (residual + x * rstd * (weight + offset) * branch_scale) * total_scale
+
+Backward, with unit = x * rstd:
+
+    grad_residual = grad_total * total_scale
+    grad_branch   = grad_residual * branch_scale
+    g             = grad_branch * (weight + offset)
+    grad_x        = rstd * (g - unit * mean(g * unit))
+    grad_weight   = sum over rows of grad_branch * unit
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+
+from normfuse.ops.kernels.constants import SumTypes, norm_constants
+from normfuse.ops.kernels.row import (
+    load_held,
+    normalised_sum,
+    root_of,
+    row_index,
+    squares,
+    store_inverse_root,
+    zero_sums,
+)
+from normfuse.ops.kernels.rows import (
+    addressed_by_one_stride,
+    as_vector,
+    copied_into,
+    empty_sum,
+    is_empty,
+    num_rows,
+    row_order,
+)
+from normfuse.ops.kernels.tile import Launch, device_of, eager
+
+if TYPE_CHECKING:
+    from normfuse.ops.residual_sum import Scales
+    from normfuse.ops.rounding import RoundingPlan
+
+
+@triton.jit
+def rms_norm_add_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    branch_scale_ptr,
+    total_scale_ptr,
+    total_ptr,
+    rstd_ptr,
+    num_rows,
+    stride_x_row,
+    stride_residual_row,
+    N: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BRANCH_SCALE: tl.constexpr,
+    TOTAL_SCALE: tl.constexpr,
+    BRANCH: tl.constexpr,
+    SCALED: tl.constexpr,
+    SUM: tl.constexpr,
+    TOTAL: tl.constexpr,
+    EPS: tl.constexpr,
+    OFFSET: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    MEAN: tl.constexpr,
+    ROOT: tl.constexpr,
+    RSTD: tl.constexpr,
+    FORM: tl.constexpr,
+    UNIT: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    FACTOR: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    OUT: tl.constexpr,
+):
+    row = row_index(ROWS)
+    x_ptr += row * stride_x_row
+    residual_ptr += row * stride_residual_row
+    total_ptr += row * N
+    cols = tl.arange(0, BLOCK)[None, :]
+    if BLOCK >= N:
+        mask = (row < num_rows) & (cols < N)
+        x = load_held(x_ptr + cols, mask)
+        root = root_of(squares(x, COMPUTE), None, N, EPS, COMPUTE, MEAN, ROOT)
+        total = normalised_sum(
+            x, root, residual_ptr, weight_ptr, branch_scale_ptr, total_scale_ptr, cols, mask,
+            N, BRANCH_SCALE, TOTAL_SCALE, BRANCH, SCALED, SUM, TOTAL,
+            OFFSET, ROOT, RSTD, FORM, UNIT, WEIGHT, FACTOR, PRODUCT, OUT,
+        )  # fmt: skip
+        tl.store(total_ptr + cols, total, mask=mask)
+    else:
+        sums = zero_sums(ROWS, BLOCK, COMPUTE)
+        for start in range(0, N, BLOCK):
+            mask = (row < num_rows) & (start + cols < N)
+            sums += squares(load_held(x_ptr + start + cols, mask), COMPUTE)
+        root = root_of(sums, None, N, EPS, COMPUTE, MEAN, ROOT)
+        for start in range(0, N, BLOCK):
+            mask = (row < num_rows) & (start + cols < N)
+            x = load_held(x_ptr + start + cols, mask)
+            total = normalised_sum(
+                x, root, residual_ptr, weight_ptr, branch_scale_ptr, total_scale_ptr,
+                start + cols, mask,
+                N, BRANCH_SCALE, TOTAL_SCALE, BRANCH, SCALED, SUM, TOTAL,
+                OFFSET, ROOT, RSTD, FORM, UNIT, WEIGHT, FACTOR, PRODUCT, OUT,
+            )  # fmt: skip
+            tl.store(total_ptr + start + cols, total, mask=mask)
+    store_inverse_root(rstd_ptr, root, row, num_rows, ROOT, COMPUTE)
+
+
+def launch(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    scales: Scales,
+    eps: float,
+    offset: float,
+    plan: RoundingPlan,
+    *,
+    store_rstd: bool = True,
+    tile: Launch | None = None,
+    wrap: Callable[[Any], Any] = eager,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """x, residual (..., N) -> total (..., N), rstd (..., 1) in `plan.compute` or None.
+
+    `total` has the type that torch promotes the sum to and is laid out as `residual + norm(x)`.
+    `store_rstd`, `tile` and `wrap` as in `rms_norm.launch`.
+    """
+    types = SumTypes.of(plan.out, residual.dtype, scales)
+    total = empty_sum(x, residual, types.total, is_fresh=True)
+    rstd = x.new_empty((*x.shape[:-1], 1), dtype=plan.compute) if store_rstd else None
+    if is_empty(x):
+        return total, rstd
+    order = row_order(total, rstd)
+    if order is None:
+        again = partial(launch, store_rstd=store_rstd, tile=tile, wrap=wrap)
+        dense = x.contiguous(), residual.contiguous()
+        return copied_into((total, rstd), again(*dense, weight, scales, eps, offset, plan))
+    x, stride_x = addressed_by_one_stride(x, order, total)
+    residual, stride_residual = addressed_by_one_stride(residual, order, total)
+    tile = tile or Launch.for_shape(x.shape[-1], torch.promote_types(types.total, plan.compute))
+    with device_of(x, wrap):
+        wrap(rms_norm_add_kernel)[tile.grid(num_rows(x))](
+            x,
+            residual,
+            as_vector(weight),
+            scales.branch_tensor,
+            scales.total_tensor,
+            total,
+            rstd,
+            num_rows(x),
+            stride_x,
+            stride_residual,
+            N=x.shape[-1],
+            ROWS=tile.rows,
+            BLOCK=tile.block,
+            **types.constants(scales),
+            **norm_constants(plan, eps, offset),
+            num_warps=tile.num_warps,
+        )
+    return total, rstd

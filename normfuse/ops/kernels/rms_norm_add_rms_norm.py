@@ -1,0 +1,231 @@
+"""The sandwich over rows: RMSNorm, residual add, RMSNorm.
+
+    rstd_1 = 1 / sqrt(mean(x^2) + eps_1)
+    total  = (residual + x * rstd_1 * (weight_1 + offset_1) * branch_scale) * total_scale
+    rstd_2 = 1 / sqrt(mean(total^2) + eps_2)
+    y      = total * rstd_2 * (weight_2 + offset_2)
+
+Backward, with norm'(g; x) = rstd * (g - unit * mean(g * unit)) and unit = x * rstd:
+
+    grad          = norm'(grad_y * (weight_2 + offset_2); total) + grad_total
+    grad_residual = grad * total_scale
+    grad_branch   = grad_residual * branch_scale
+    grad_x        = norm'(grad_branch * (weight_1 + offset_1); x)
+    grad_weight_1 = sum over rows of grad_branch * unit_1
+    grad_weight_2 = sum over rows of grad_y * unit_2
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+
+from normfuse.ops.kernels.constants import SumTypes, norm_constants
+from normfuse.ops.kernels.row import (
+    load_held,
+    normalised,
+    normalised_sum,
+    root_of,
+    row_index,
+    squares,
+    store_inverse_root,
+    zero_sums,
+)
+from normfuse.ops.kernels.rows import (
+    addressed_by_one_stride,
+    as_vector,
+    copied_into,
+    empty_sum,
+    is_empty,
+    num_rows,
+    row_order,
+)
+from normfuse.ops.kernels.tile import Launch, device_of, eager
+
+if TYPE_CHECKING:
+    from normfuse.ops.residual_sum import Scales
+    from normfuse.ops.rounding import RoundingPlan
+
+
+@triton.jit
+def rms_norm_add_rms_norm_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_1_ptr,
+    weight_2_ptr,
+    branch_scale_ptr,
+    total_scale_ptr,
+    y_ptr,
+    total_ptr,
+    rstd_1_ptr,
+    rstd_2_ptr,
+    num_rows,
+    stride_x_row,
+    stride_residual_row,
+    N: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BRANCH_SCALE: tl.constexpr,
+    TOTAL_SCALE: tl.constexpr,
+    BRANCH: tl.constexpr,
+    SCALED: tl.constexpr,
+    SUM: tl.constexpr,
+    TOTAL: tl.constexpr,
+    EPS_1: tl.constexpr,
+    OFFSET_1: tl.constexpr,
+    COMPUTE_1: tl.constexpr,
+    MEAN_1: tl.constexpr,
+    ROOT_1: tl.constexpr,
+    RSTD_1: tl.constexpr,
+    FORM_1: tl.constexpr,
+    UNIT_1: tl.constexpr,
+    WEIGHT_1: tl.constexpr,
+    FACTOR_1: tl.constexpr,
+    PRODUCT_1: tl.constexpr,
+    OUT_1: tl.constexpr,
+    EPS_2: tl.constexpr,
+    OFFSET_2: tl.constexpr,
+    COMPUTE_2: tl.constexpr,
+    MEAN_2: tl.constexpr,
+    ROOT_2: tl.constexpr,
+    RSTD_2: tl.constexpr,
+    FORM_2: tl.constexpr,
+    UNIT_2: tl.constexpr,
+    WEIGHT_2: tl.constexpr,
+    FACTOR_2: tl.constexpr,
+    PRODUCT_2: tl.constexpr,
+    OUT_2: tl.constexpr,
+):
+    row = row_index(ROWS)
+    x_ptr += row * stride_x_row
+    residual_ptr += row * stride_residual_row
+    y_ptr += row * N
+    if total_ptr is not None:
+        total_ptr += row * N
+    all_cols = tl.arange(0, BLOCK)[None, :]
+    if BLOCK >= N:
+        mask = (row < num_rows) & (all_cols < N)
+        x = load_held(x_ptr + all_cols, mask)
+        root_1 = root_of(squares(x, COMPUTE_1), None, N, EPS_1, COMPUTE_1, MEAN_1, ROOT_1)
+        total = normalised_sum(
+            x, root_1, residual_ptr, weight_1_ptr, branch_scale_ptr, total_scale_ptr,
+            all_cols, mask,
+            N, BRANCH_SCALE, TOTAL_SCALE, BRANCH, SCALED, SUM, TOTAL, OFFSET_1, ROOT_1, RSTD_1,
+            FORM_1, UNIT_1, WEIGHT_1, FACTOR_1, PRODUCT_1, OUT_1,
+        )  # fmt: skip
+        if total_ptr is not None:
+            tl.store(total_ptr + all_cols, total, mask=mask)
+        root_2 = root_of(squares(total, COMPUTE_2), None, N, EPS_2, COMPUTE_2, MEAN_2, ROOT_2)
+        y = normalised(
+            total, root_2, weight_2_ptr, all_cols, N, OFFSET_2,
+            ROOT_2, RSTD_2, FORM_2, UNIT_2, WEIGHT_2, FACTOR_2, PRODUCT_2, OUT_2, False,
+        )  # fmt: skip
+        tl.store(y_ptr + all_cols, y, mask=mask)
+    else:
+        sums_1 = zero_sums(ROWS, BLOCK, COMPUTE_1)
+        for start in range(0, N, BLOCK):
+            cols = start + all_cols
+            x = load_held(x_ptr + cols, (row < num_rows) & (cols < N))
+            sums_1 += squares(x, COMPUTE_1)
+        root_1 = root_of(sums_1, None, N, EPS_1, COMPUTE_1, MEAN_1, ROOT_1)
+        sums_2 = zero_sums(ROWS, BLOCK, COMPUTE_2)
+        for start in range(0, N, BLOCK):
+            cols = start + all_cols
+            mask = (row < num_rows) & (cols < N)
+            x = load_held(x_ptr + cols, mask)
+            total = normalised_sum(
+                x, root_1, residual_ptr, weight_1_ptr, branch_scale_ptr, total_scale_ptr,
+                cols, mask,
+                N, BRANCH_SCALE, TOTAL_SCALE, BRANCH, SCALED, SUM, TOTAL, OFFSET_1, ROOT_1, RSTD_1,
+                FORM_1, UNIT_1, WEIGHT_1, FACTOR_1, PRODUCT_1, OUT_1,
+            )  # fmt: skip
+            sums_2 += squares(total, COMPUTE_2)
+        root_2 = root_of(sums_2, None, N, EPS_2, COMPUTE_2, MEAN_2, ROOT_2)
+        for start in range(0, N, BLOCK):
+            cols = start + all_cols
+            mask = (row < num_rows) & (cols < N)
+            x = load_held(x_ptr + cols, mask)
+            total = normalised_sum(
+                x, root_1, residual_ptr, weight_1_ptr, branch_scale_ptr, total_scale_ptr,
+                cols, mask,
+                N, BRANCH_SCALE, TOTAL_SCALE, BRANCH, SCALED, SUM, TOTAL, OFFSET_1, ROOT_1, RSTD_1,
+                FORM_1, UNIT_1, WEIGHT_1, FACTOR_1, PRODUCT_1, OUT_1,
+            )  # fmt: skip
+            if total_ptr is not None:
+                tl.store(total_ptr + cols, total, mask=mask)
+            y = normalised(
+                total, root_2, weight_2_ptr, cols, N, OFFSET_2,
+                ROOT_2, RSTD_2, FORM_2, UNIT_2, WEIGHT_2, FACTOR_2, PRODUCT_2, OUT_2, False,
+            )  # fmt: skip
+            tl.store(y_ptr + cols, y, mask=mask)
+    store_inverse_root(rstd_1_ptr, root_1, row, num_rows, ROOT_1, COMPUTE_1)
+    store_inverse_root(rstd_2_ptr, root_2, row, num_rows, ROOT_2, COMPUTE_2)
+
+
+def launch(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight_1: torch.Tensor | None,
+    weight_2: torch.Tensor | None,
+    scales: Scales,
+    eps_1: float,
+    offset_1: float,
+    plan_1: RoundingPlan,
+    eps_2: float,
+    offset_2: float,
+    plan_2: RoundingPlan,
+    *,
+    store_total: bool = True,
+    store_rstd_1: bool = True,
+    store_rstd_2: bool = True,
+    tile: Launch | None = None,
+    wrap: Callable[[Any], Any] = eager,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """x, residual (..., N) -> y (..., N) in `plan_2.out`, total (..., N), two rstd (..., 1).
+
+    The two norms as in `rms_norm.launch`, the sum and the flags as in `add_rms_norm.launch`.
+    """
+    types = SumTypes.of(plan_1.out, residual.dtype, scales)
+    y = empty_sum(x, residual, plan_2.out, is_fresh=True)
+    total = torch.empty_like(y, dtype=types.total) if store_total else None
+    rstd_1 = x.new_empty((*x.shape[:-1], 1), dtype=plan_1.compute) if store_rstd_1 else None
+    rstd_2 = y.new_empty((*y.shape[:-1], 1), dtype=plan_2.compute) if store_rstd_2 else None
+    results = (y, total, rstd_1, rstd_2)
+    if is_empty(x):
+        return results
+    order = row_order(*results)
+    if order is None:
+        flags = {"store_rstd_1": store_rstd_1, "store_rstd_2": store_rstd_2}
+        again = partial(launch, store_total=store_total, **flags, tile=tile, wrap=wrap)
+        dense = x.contiguous(), residual.contiguous()
+        norms = eps_1, offset_1, plan_1, eps_2, offset_2, plan_2
+        return copied_into(results, again(*dense, weight_1, weight_2, scales, *norms))
+    x, stride_x = addressed_by_one_stride(x, order, y)
+    residual, stride_residual = addressed_by_one_stride(residual, order, y)
+    tile = tile or Launch.for_shape(x.shape[-1], torch.promote_types(types.total, plan_1.compute))
+    with device_of(x, wrap):
+        wrap(rms_norm_add_rms_norm_kernel)[tile.grid(num_rows(x))](
+            x,
+            residual,
+            as_vector(weight_1),
+            as_vector(weight_2),
+            scales.branch_tensor,
+            scales.total_tensor,
+            *results,
+            num_rows(x),
+            stride_x,
+            stride_residual,
+            N=x.shape[-1],
+            ROWS=tile.rows,
+            BLOCK=tile.block,
+            **types.constants(scales),
+            **norm_constants(plan_1, eps_1, offset_1, "_1"),
+            **norm_constants(plan_2, eps_2, offset_2, "_2"),
+            num_warps=tile.num_warps,
+        )
+    return results

@@ -1,0 +1,229 @@
+"""Row pieces that the kernels share: statistic, normalisation, weight, residual sum.
+
+A tile is (ROWS, BLOCK). Types are named as in a rounding plan: "f64", "f32", "bf16", "f16". Between
+two roundings a value is held in the type in which torch computes with it: float64 for float64,
+float32 for the rest.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def rounded(value, TYPE: tl.constexpr):
+    """`value` rounded to TYPE, held in float64 or float32."""
+    if TYPE == "f64":
+        result = value.to(tl.float64)
+    else:
+        # Also on the way from float64 to 16 bits: torch goes through float32 and rounds twice.
+        result = value.to(tl.float32)
+        if TYPE == "bf16":
+            result = result.to(tl.bfloat16).to(tl.float32)
+        if TYPE == "f16":
+            result = result.to(tl.float16).to(tl.float32)
+    return result
+
+
+@triton.jit
+def load_held(pointers, mask):
+    """Elements held in float64 or float32, and zero where masked: it adds nothing to a sum."""
+    value = tl.load(pointers, mask=mask, other=0.0)
+    if value.dtype != tl.float64:
+        value = value.to(tl.float32)
+    return value
+
+
+@triton.jit
+def multiplied(left, right, TYPE: tl.constexpr, IS_ADDED: tl.constexpr):
+    """left * right rounded to TYPE; IS_ADDED says that a sum reads it."""
+    # The compiler would contract a product and a sum to one FMA, which rounds once where eager
+    # rounds twice. It must keep this zero, which turns -0 into +0; the sum reads them as one.
+    result = tl.fma(left, right, 0.0) if IS_ADDED else left * right
+    return rounded(result, TYPE)
+
+
+@triton.jit
+def divided(numerator, denominator):
+    """The correctly rounded quotient; `/` is an approximation in float32."""
+    if denominator.dtype == tl.float64:
+        result = numerator / denominator
+    else:
+        result = tl.div_rn(numerator, denominator)
+    return result
+
+
+@triton.jit
+def square_root(value):
+    """The correctly rounded root; `tl.sqrt` is an approximation in float32."""
+    return tl.sqrt(value) if value.dtype == tl.float64 else tl.sqrt_rn(value)
+
+
+@triton.jit
+def row_index(ROWS: tl.constexpr):
+    """The rows of this program, (ROWS, 1); int64, because row times stride passes 2^31."""
+    return tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+
+
+@triton.jit
+def squares(x, COMPUTE: tl.constexpr):
+    """What the statistic sums: the squares of a tile, as `x.to(compute).pow(2)`."""
+    h = rounded(x, COMPUTE)
+    return rounded(h * h, COMPUTE)
+
+
+@triton.jit
+def zero_sums(ROWS: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr):
+    """Sums of squares of a row that is read in chunks, one a lane."""
+    return tl.zeros([ROWS, BLOCK], tl.float64 if COMPUTE == "f64" else tl.float32)
+
+
+@triton.jit
+def root_of(
+    sums,
+    eps_ptr,
+    N: tl.constexpr,
+    EPS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    MEAN: tl.constexpr,
+    ROOT: tl.constexpr,
+):
+    """Sums of squares (ROWS, BLOCK) -> the root (ROWS, 1) that multiplies x, or divides it."""
+    total = tl.sum(sums, axis=1, keep_dims=True)
+    if MEAN != "mean":
+        total = rounded(total, COMPUTE)  # eager's `.sum(-1)`
+    # On a GPU, eager's `mean`, `/ N` and `* (1 / N)` all multiply by the rounded reciprocal.
+    reciprocal = tl.full([1, 1], 1.0 / N, total.dtype)
+    mean = multiplied(total, reciprocal, COMPUTE, True)  # eager's mean
+    if eps_ptr is None:
+        variance = rounded(mean + EPS, COMPUTE)  # eager's `+ eps`
+    else:
+        eps = rounded(tl.load(eps_ptr), COMPUTE)  # torch casts a 0-d operand first
+        variance = rounded(mean + eps, COMPUTE)
+    if ROOT == "rsqrt" or ROOT == "pow":
+        root = tl.rsqrt(variance)  # torch's `pow(-0.5)` is its rsqrt
+    else:
+        root = rounded(square_root(variance), COMPUTE)  # eager's sqrt
+        if ROOT == "reciprocal_sqrt":
+            root = divided(1.0, root)
+    return rounded(root, COMPUTE)
+
+
+@triton.jit
+def store_inverse_root(rstd_ptr, root, row, num_rows, ROOT: tl.constexpr, COMPUTE: tl.constexpr):
+    """Stores 1 / sqrt(mean + eps), one for each row, where someone asked for it."""
+    if rstd_ptr is not None:
+        if ROOT == "divide_by_sqrt":
+            root = rounded(divided(1.0, root), COMPUTE)  # `.reciprocal()` of the reference
+        tl.store(rstd_ptr + row, root, mask=row < num_rows)
+
+
+@triton.jit
+def normalised(
+    x,
+    root,
+    weight_ptr,
+    cols,
+    N: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ROOT: tl.constexpr,
+    RSTD: tl.constexpr,
+    FORM: tl.constexpr,
+    UNIT: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    FACTOR: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    OUT: tl.constexpr,
+    IS_ADDED: tl.constexpr,
+):
+    """A tile of x times its root, times weight + offset, with the roundings of one plan."""
+    x = rounded(x, FORM)
+    root = rounded(rounded(root, RSTD), FORM)  # eager's cast of the root before it meets x
+    if ROOT == "divide_by_sqrt":
+        unit = rounded(divided(x, root), FORM)
+    else:
+        unit = multiplied(x, root, FORM, IS_ADDED)
+    unit = rounded(unit, UNIT)  # eager's `.to(input_dtype)` before the weight
+    if weight_ptr is not None:
+        factor = rounded(load_held(weight_ptr + cols, cols < N), WEIGHT)  # eager's `weight.float()`
+        if OFFSET != 0.0:
+            factor = rounded(factor + OFFSET, WEIGHT)  # eager's `1.0 + weight`
+        factor = rounded(rounded(factor, FACTOR), PRODUCT)
+        unit = multiplied(rounded(unit, PRODUCT), factor, PRODUCT, IS_ADDED)  # eager's product
+    return rounded(unit, OUT)  # eager's cast of the result
+
+
+@triton.jit
+def scaled(
+    value,
+    scale_ptr,
+    SCALE: tl.constexpr,
+    TYPE: tl.constexpr,
+    RESULT: tl.constexpr,
+    IS_ADDED: tl.constexpr,
+):
+    """`value` of TYPE times SCALE, times the element at `scale_ptr`; that may widen to RESULT."""
+    if SCALE is not None:
+        number = tl.full([1, 1], SCALE, value.dtype)  # torch keeps a number in the held type
+        value = multiplied(value, number, TYPE, IS_ADDED)  # eager's product with a number
+    if scale_ptr is not None:
+        scale = rounded(tl.load(scale_ptr), RESULT)  # torch casts a 0-d operand first
+        value = multiplied(rounded(value, RESULT), scale, RESULT, IS_ADDED)  # eager's product
+    return value
+
+
+@triton.jit
+def residual_sum(
+    branch,
+    residual,
+    branch_scale_ptr,
+    total_scale_ptr,
+    BRANCH_SCALE: tl.constexpr,
+    TOTAL_SCALE: tl.constexpr,
+    BRANCH: tl.constexpr,
+    SCALED: tl.constexpr,
+    SUM: tl.constexpr,
+    TOTAL: tl.constexpr,
+):
+    """(residual + branch * branch_scale) * total_scale; each step rounds to the promoted type."""
+    branch = scaled(branch, branch_scale_ptr, BRANCH_SCALE, BRANCH, SCALED, True)
+    total = rounded(rounded(residual, SUM) + rounded(branch, SUM), SUM)  # eager's add
+    return scaled(total, total_scale_ptr, TOTAL_SCALE, SUM, TOTAL, False)
+
+
+@triton.jit
+def normalised_sum(
+    x,
+    root,
+    residual_ptr,
+    weight_ptr,
+    branch_scale_ptr,
+    total_scale_ptr,
+    cols,
+    mask,
+    N: tl.constexpr,
+    BRANCH_SCALE: tl.constexpr,
+    TOTAL_SCALE: tl.constexpr,
+    BRANCH: tl.constexpr,
+    SCALED: tl.constexpr,
+    SUM: tl.constexpr,
+    TOTAL: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ROOT: tl.constexpr,
+    RSTD: tl.constexpr,
+    FORM: tl.constexpr,
+    UNIT: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    FACTOR: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    OUT: tl.constexpr,
+):
+    """(residual + norm(x) * branch_scale) * total_scale of a tile of x, the residual read here."""
+    residual = load_held(residual_ptr + cols, mask)
+    branch = normalised(
+        x, root, weight_ptr, cols,
+        N, OFFSET, ROOT, RSTD, FORM, UNIT, WEIGHT, FACTOR, PRODUCT, OUT, True,
+    )  # fmt: skip
+    return residual_sum(
+        branch, residual, branch_scale_ptr, total_scale_ptr,
+        BRANCH_SCALE, TOTAL_SCALE, BRANCH, SCALED, SUM, TOTAL,
+    )  # fmt: skip

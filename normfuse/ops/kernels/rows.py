@@ -1,0 +1,131 @@
+"""Tensors of any strides as rows of one width: the host's side of a kernel's addressing.
+
+A kernel writes row r of every result at r * N. The rows are therefore counted in the order in
+which the results lie in memory, and an input is addressed by that order. Sizes and strides may be
+symbolic: nothing here adds a guard.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch._prims_common import compute_elementwise_output_strides
+
+
+class RowStrides(NamedTuple):
+    """Where row r begins: r is split into (outer, middle, inner), each with its stride."""
+
+    size_middle: int
+    size_inner: int
+    stride_outer: int
+    stride_middle: int
+    stride_inner: int
+
+
+def known(condition: Any) -> bool:
+    """Whether a condition on sizes or strides certainly holds."""
+    if isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
+
+
+def num_rows(x: torch.Tensor) -> int:
+    return math.prod(x.shape[:-1])
+
+
+def is_empty(x: torch.Tensor) -> bool:
+    """Whether there is certainly no row; a symbolic number of rows is taken to be positive."""
+    return known(num_rows(x) == 0)
+
+
+def empty_sum(
+    branch: torch.Tensor, residual: torch.Tensor, dtype: torch.dtype, *, is_fresh: bool
+) -> torch.Tensor:
+    """An uninitialised tensor laid out as torch lays out `residual + branch`.
+
+    `is_fresh`: the sum reads a new tensor made from `branch`, not `branch`, which may be a view.
+    """
+    if all(known(a == b) for a, b in zip(branch.stride(), residual.stride(), strict=True)):
+        return torch.empty_like(residual, dtype=dtype)
+    branch = torch.empty_like(branch) if is_fresh else branch
+    strides = compute_elementwise_output_strides(residual, branch)
+    return torch.empty_strided(residual.shape, strides, dtype=dtype, device=residual.device)
+
+
+def row_order(*results: torch.Tensor | None) -> tuple[int, ...] | None:
+    """The leading dimensions, outermost in memory first; None if some result has no such rows."""
+    tensors = [result for result in results if result is not None]
+    order: list[int] = []
+    for dim in range(tensors[0].dim() - 1):
+        if known(tensors[0].shape[dim] == 1):
+            continue
+        stride = tensors[0].stride(dim)
+        smaller = [i for i, other in enumerate(order) if known(tensors[0].stride(other) < stride)]
+        order.insert(smaller[0] if smaller else len(order), dim)
+    return tuple(order) if all(_are_consecutive(tensor, order) for tensor in tensors) else None
+
+
+def _are_consecutive(tensor: torch.Tensor, order: list[int]) -> bool:
+    expected = tensor.shape[-1]
+    for dim in reversed(order):
+        if not known(tensor.stride(dim) == expected):
+            return False
+        expected = expected * tensor.shape[dim]
+    return _has_unit_stride(tensor)
+
+
+def _has_unit_stride(tensor: torch.Tensor) -> bool:
+    return known(tensor.shape[-1] == 1) or known(tensor.stride(-1) == 1)
+
+
+def _collapsed(tensor: torch.Tensor, order: tuple[int, ...]) -> list[tuple[int, int]]:
+    """(size, stride) of the leading dimensions in order; neighbours merge if one stride serves."""
+    merged: list[tuple[int, int]] = []
+    for dim in order:
+        size, stride = tensor.shape[dim], tensor.stride(dim)
+        if merged and known(merged[-1][1] == size * stride):
+            merged[-1] = (merged[-1][0] * size, stride)
+        else:
+            merged.append((size, stride))
+    return merged
+
+
+def addressed(
+    x: torch.Tensor, order: tuple[int, ...], result: torch.Tensor
+) -> tuple[torch.Tensor, RowStrides]:
+    """`x` and where its rows begin; a copy laid out as `result` if three strides cannot say it."""
+    pieces = _collapsed(x, order)
+    if len(pieces) > 3 or not _has_unit_stride(x):
+        x = torch.empty_like(result, dtype=x.dtype).copy_(x)
+        pieces = _collapsed(x, order)
+    pieces = pieces or [(1, x.shape[-1])]
+    # Absent levels are inner ones of size 1, which Triton specialises away.
+    (_, outer), (middle, stride_middle), (inner, stride_inner) = (pieces + [(1, 0)] * 2)[:3]
+    return x, RowStrides(middle, inner, outer, stride_middle, stride_inner)
+
+
+def addressed_by_one_stride(
+    x: torch.Tensor, order: tuple[int, ...], result: torch.Tensor
+) -> tuple[torch.Tensor, int]:
+    """`x` and the stride of its rows; a copy laid out as `result` if it takes more than one."""
+    pieces = _collapsed(x, order)
+    if len(pieces) > 1 or not _has_unit_stride(x):
+        return torch.empty_like(result, dtype=x.dtype).copy_(x), result.shape[-1]
+    return x, pieces[0][1] if pieces else x.shape[-1]
+
+
+def as_vector(weight: torch.Tensor | None) -> torch.Tensor | None:
+    """A weight whose elements lie side by side."""
+    return weight if weight is None or _has_unit_stride(weight) else weight.contiguous()
+
+
+def copied_into(results: Any, values: Any) -> tuple[torch.Tensor | None, ...]:
+    """`values` in the layout of `results`, whose rows do not lie one after the other."""
+    return tuple(
+        None if result is None else result.copy_(value)
+        for result, value in zip(results, values, strict=True)
+    )

@@ -1,0 +1,46 @@
+"""The formulas in float64, and how far from them a result may be."""
+
+from __future__ import annotations
+
+import torch
+
+from normfuse.ops.residual_sum import Scales
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor | None, eps: float, offset: float
+) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) * (weight + offset), in float64."""
+    x = x.double()
+    unit = x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+    return unit if weight is None else unit * (weight.double() + offset)
+
+
+def residual_sum(branch: torch.Tensor, residual: torch.Tensor, scales: Scales) -> torch.Tensor:
+    """(residual + branch * branch_scale) * total_scale, in float64."""
+    branch_scale = _factor(scales.branch, scales.branch_tensor)
+    total_scale = _factor(scales.total, scales.total_tensor)
+    return (residual.double() + branch.double() * branch_scale) * total_scale
+
+
+def _factor(number: float | None, tensor: torch.Tensor | None) -> float | torch.Tensor:
+    number = 1.0 if number is None else number
+    return number if tensor is None else number * tensor.double()
+
+
+def assert_as_close_as_eager(
+    result: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor
+) -> None:
+    """`result` may err by twice eager's own error against `exact`, plus one rounding to its type.
+
+    The rounding is half a unit in the last place: a share of the value, or of the smallest one.
+    """
+    assert (result.shape, result.dtype) == (eager.shape, eager.dtype)
+    limits = torch.finfo(result.dtype)
+    rounding = 0.5 * limits.eps * exact.abs() + 0.5 * limits.smallest_normal * limits.eps
+    error = (result.double() - exact).abs()
+    allowed = 2 * (eager.double() - exact).abs().amax() + rounding if exact.numel() else rounding
+    assert (error <= allowed).all(), (
+        f"the error must be at most twice eager's own plus one rounding, got "
+        f"{(error / allowed).nan_to_num(torch.inf).max():.3g} times that: look at the roundings"
+    )

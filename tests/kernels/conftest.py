@@ -1,0 +1,29 @@
+"""The interpreter, one process for the session."""
+
+import pytest
+
+from tests.kernels import interpreted
+
+
+@pytest.fixture(scope="session")
+def interpreter():
+    with interpreted.start() as process:
+        yield process
+
+
+@pytest.fixture
+def launch(interpreter):
+    """`launch("rms_norm", x, ...)`: what that file's launcher returns, its kernel interpreted."""
+
+    def call(stem, *arguments, **keywords):
+        return interpreter.submit(interpreted.launch, stem, arguments, keywords).result()
+
+    return call
+
+
+@pytest.fixture
+def narrow_tile():
+    """A tile that takes rows of 64 elements in four chunks, two rows at a time."""
+    from normfuse.ops.kernels.tile import Launch
+
+    return Launch(rows=2, block=16, num_warps=1)

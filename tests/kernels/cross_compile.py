@@ -1,0 +1,106 @@
+"""Compiles a kernel for a GPU that is not here, with the arguments that its launcher would pass."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from normfuse.ops.kernels import add_rms_norm, rms_norm, rms_norm_add, rms_norm_add_rms_norm
+from normfuse.ops.kernels.tile import Launch
+from normfuse.ops.residual_sum import Scales
+from normfuse.ops.rounding import RoundingPlan
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
+}
+KERNELS = {
+    "rms_norm": rms_norm,
+    "add_rms_norm": add_rms_norm,
+    "rms_norm_add": rms_norm_add,
+    "rms_norm_add_rms_norm": rms_norm_add_rms_norm,
+}
+_POINTERS = {
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+}
+
+
+class _Recorder:
+    """Stands where a kernel is launched, and keeps what it was launched with."""
+
+    def __call__(self, kernel: Any) -> _Recorder:
+        self.kernel = kernel
+        return self
+
+    def __getitem__(self, grid: Any) -> Any:
+        def record(*arguments: Any, num_warps: int, **constants: Any) -> None:
+            runtime = zip(self.kernel.arg_names, arguments, strict=False)
+            self.source = _source(self.kernel, dict(runtime), constants)
+            self.num_warps = num_warps
+
+        return record
+
+
+def _source(kernel: Any, runtime: dict[str, Any], constants: dict[str, Any]) -> ASTSource:
+    """The signature as Triton specialises it: aligned pointers, multiples of 16, ones and Nones."""
+    signature, constants, attributes = {}, dict(constants), {}
+    for index, name in enumerate(kernel.arg_names):
+        value = runtime.get(name)
+        if name in constants or value is None or (isinstance(value, int) and value == 1):
+            signature[name] = "constexpr"
+            constants.setdefault(name, value)
+            continue
+        is_pointer = isinstance(value, torch.Tensor)
+        signature[name] = _POINTERS[value.dtype] if is_pointer else "i32"
+        if is_pointer or value % 16 == 0:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def compile_kernel(
+    stem: str, width: int, dtype: torch.dtype, plan: RoundingPlan, target: str
+) -> Any:
+    """What Triton makes of one kernel on rows of `width`, with a weight of offset 1."""
+    gpu, recorder = TARGETS[target], _Recorder()
+    x = torch.empty(64, width, dtype=dtype, device="meta")
+    weight = torch.empty(width, dtype=dtype, device="meta")
+    tile = Launch.for_shape(width, dtype, warp_size=gpu.warp_size)
+    norm, settings = (1e-6, 1.0, plan), {"tile": tile, "wrap": recorder}
+    if stem == "rms_norm":
+        rms_norm.launch(x, weight, None, *norm, **settings)
+    elif stem == "rms_norm_add_rms_norm":
+        weights = (weight, weight)
+        rms_norm_add_rms_norm.launch(x, x, *weights, Scales(), *norm, *norm, **settings)
+    else:
+        KERNELS[stem].launch(x, x, weight, Scales(), *norm, **settings)
+    options = {"num_warps": recorder.num_warps}
+    return triton.compile(recorder.source, target=gpu, options=options)
+
+
+def resources(compiled: Any, path: Path) -> dict[str, int]:
+    """Registers of a thread, and bytes that it spills to memory."""
+    if "amdgcn" in compiled.asm:
+        assembly = compiled.asm["amdgcn"]
+        names = ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+        found = [int(re.search(rf"\.{name}:\s+(\d+)", assembly).group(1)) for name in names]
+        return {"registers": found[0], "spilled": sum(found[1:])}
+    path.write_bytes(compiled.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    command = [tool, "--dump-resource-usage", path]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    registers, stack, local = (int(number) for number in found.groups())
+    return {"registers": registers, "spilled": stack + local}

@@ -1,0 +1,66 @@
+"""The kernels, compiled for GPUs that are not here: no register is spilled, no sum contracted."""
+
+import re
+
+import pytest
+
+from normfuse.ops.rounding import RoundingPlan
+from tests.kernels.inputs import BF16, F32, F64, gemma, llama
+
+pytest.importorskip("triton", reason="compiles with triton")
+cross_compile = pytest.importorskip("tests.kernels.cross_compile")
+
+PLANS = {"llama": llama(BF16), "gemma": gemma(BF16)}
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942", "gfx950"])
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("stem", cross_compile.KERNELS)
+def test_no_target_spills(stem, plan, target, tmp_path):
+    spilled = {}
+    for width in (256, 4096, 5376, 8192):
+        compiled = cross_compile.compile_kernel(stem, width, BF16, PLANS[plan], target)
+        spilled[width] = cross_compile.resources(compiled, tmp_path / "cubin")["spilled"]
+
+    assert spilled == dict.fromkeys(spilled, 0)
+
+
+# The widest row of each type that `Launch` gives to one tile without a spill, and one in chunks.
+@pytest.mark.parametrize("stem", cross_compile.KERNELS)
+@pytest.mark.parametrize(
+    ("width", "dtype", "plan"),
+    [
+        (32768, BF16, gemma(BF16)),
+        (32768, F32, RoundingPlan.once(F32, F32)),
+        (16384, F64, RoundingPlan.once(F64, F64)),
+        (131072, BF16, gemma(BF16)),
+        (131072, F32, RoundingPlan.once(F32, F32)),
+        (131072, F64, RoundingPlan.once(F64, F64)),
+    ],
+)
+def test_a_wide_row_does_not_spill(stem, width, dtype, plan, tmp_path):
+    compiled = cross_compile.compile_kernel(stem, width, dtype, plan, "sm_90")
+
+    assert cross_compile.resources(compiled, tmp_path / "cubin")["spilled"] == 0
+
+
+@pytest.mark.parametrize("stem", ["rms_norm_add", "rms_norm_add_rms_norm"])
+def test_no_product_is_contracted_with_the_sum_that_reads_it(stem):
+    """Eager rounds the product and the sum; one FMA for both would round once."""
+    plan = RoundingPlan.once(F32, F32)
+
+    ptx = cross_compile.compile_kernel(stem, 256, F32, plan, "sm_90").asm["ptx"]
+
+    fused = re.findall(r"fma\.rn\.f32\s+\S+ (\S+), (\S+), (\S+);", ptx)
+    squares = [(a, b) for a, b, _ in fused if a == b]
+    assert squares, "the squares are summed by FMAs, so the pattern finds them"
+    assert {addend for a, b, addend in fused if a != b} == {"0f00000000"}
+
+
+@pytest.mark.parametrize("stem", cross_compile.KERNELS)
+def test_offsets_of_rows_have_64_bits(stem):
+    ttir = cross_compile.compile_kernel(stem, 256, BF16, llama(BF16), "sm_90").asm["ttir"]
+
+    products = re.findall(r"arith\.muli .* : (\S+)", ttir)
+    assert products
+    assert all("i64" in product for product in products), products
