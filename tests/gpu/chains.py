@@ -1,0 +1,72 @@
+"""The four ops behind one set of calls, so that a test of all of them is written once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from normfuse.ops.residual_sum import Scales
+from normfuse.ops.rounding import RoundingPlan
+from tests import float64
+
+STEMS = ("rms_norm", "add_rms_norm", "rms_norm_add", "rms_norm_add_rms_norm")
+
+
+@dataclass(frozen=True)
+class Chain:
+    """One op with its operands; a sandwich takes the weight and the norm twice."""
+
+    stem: str
+    x: torch.Tensor
+    residual: torch.Tensor
+    weight: torch.Tensor | None
+    scales: Scales = field(default_factory=Scales)
+
+    def launch(self, eps: float, offset: float, plan: RoundingPlan) -> Any:
+        """What the launcher returns."""
+        launch = import_module(f"normfuse.ops.kernels.{self.stem}").launch
+        scales = (None,) if self.stem == "rms_norm" else (self.scales,)
+        return launch(*self._tensors(), *scales, *self._norms(eps, offset, plan))
+
+    def op(self, eps: float, offset: float, plan: RoundingPlan) -> Any:
+        """What the op returns, through the dispatcher."""
+        return getattr(torch.ops.normfuse, self.stem)(*self._schema_order(eps, offset, plan))
+
+    def reference(self, eps: float, offset: float, plan: RoundingPlan) -> Any:
+        """What eager returns."""
+        return self._function("reference")(*self._schema_order(eps, offset, plan))
+
+    def fake(self, eps: float, offset: float, plan: RoundingPlan) -> Any:
+        """Results of the right shapes, types and strides."""
+        return self._function("fake")(*self._schema_order(eps, offset, plan))
+
+    def exact(self, eps: float, offset: float) -> tuple[torch.Tensor, ...]:
+        """The results that have rows, in float64."""
+        x = self.x
+        if self.stem == "rms_norm":
+            return (float64.rms_norm(x, self.weight, eps, offset),)
+        if self.stem != "add_rms_norm":
+            x = float64.rms_norm(x, self.weight, eps, offset)
+        total = float64.residual_sum(x, self.residual, self.scales)
+        if self.stem == "rms_norm_add":
+            return (total,)
+        return float64.rms_norm(total, self.weight, eps, offset), total
+
+    def _tensors(self) -> tuple[torch.Tensor, ...]:
+        if self.stem == "rms_norm":
+            return self.x, self.weight
+        weights = (self.weight,) * (2 if self.stem == "rms_norm_add_rms_norm" else 1)
+        return self.x, self.residual, *weights
+
+    def _norms(self, *norm: Any) -> tuple[Any, ...]:
+        return norm * 2 if self.stem == "rms_norm_add_rms_norm" else norm
+
+    def _schema_order(self, eps: float, offset: float, plan: RoundingPlan) -> tuple[Any, ...]:
+        scales = (None,) if self.stem == "rms_norm" else self.scales
+        return *self._tensors(), *scales, *self._norms(eps, offset, str(plan))
+
+    def _function(self, kind: str) -> Any:
+        return getattr(import_module(f"normfuse.ops.{self.stem}"), f"{self.stem}_{kind}")
