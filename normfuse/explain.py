@@ -9,6 +9,7 @@ import torch
 from torch.fx import GraphModule
 
 from normfuse.backend import patches
+from normfuse.capturing import fresh
 from normfuse.passes import inductor
 from normfuse.passes.recorder import Recorder
 from normfuse.report import Report
@@ -46,7 +47,7 @@ def explain_with(
     def backend(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Any:
         return inductor.interpret_graph(graph_module, example_inputs, settings)
 
-    compiled: Callable[..., Any] = torch.compile(_fresh(model), backend=backend)
+    compiled: Callable[..., Any] = torch.compile(fresh(model), backend=backend)
     compiled(*args, **(kwargs or {}))
     return recorder.report()
 
@@ -80,15 +81,3 @@ def assert_fused(model: Any, *args: Any, min_coverage: float = 1.0, **kwargs: An
             f"{report}"
         )
     return report
-
-
-def _fresh(self: Any) -> Any:
-    """Our own function around the model: code compiled for the model is neither used nor lost.
-
-    The variable is called `self` because Dynamo writes module paths from it, as in a module's forward.
-    """
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return self(*args, **kwargs)
-
-    return call

@@ -9,6 +9,7 @@ import torch
 from torch.fx import GraphModule
 
 from normfuse.backend import patches
+from normfuse.capturing import fresh
 from normfuse.passes import inductor
 
 
@@ -33,10 +34,7 @@ def capture(model: Any, *args: Any, **options: Any) -> Callable[..., Any]:
     def backend(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Any:
         return inductor.interpret_graph(graph_module, example_inputs, settings)
 
-    def call(*inputs: Any, **keywords: Any) -> Any:
-        return model(*inputs, **keywords)
-
-    compiled = torch.compile(call, backend=backend)
+    compiled = torch.compile(fresh(model), backend=backend)
     if args:
         compiled(*args)
     return compiled
