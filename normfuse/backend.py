@@ -85,6 +85,7 @@ def _patches(
     recorder: Recorder | None = None,
 ) -> dict[str, Any]:
     _warn_outside_tested_range()
+    inductor_options = {name.replace("-", "_"): v for name, v in inductor_options.items()}
     inductor.check_options(inductor_options)
     merged = {**inductor.mode_options(mode), **inductor_options}
     return {**merged, **pipeline(settings, merged, recorder)}

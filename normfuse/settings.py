@@ -48,7 +48,11 @@ class Settings:
             TypeError: a value of the wrong type.
         """
         ours = {key: value for key, value in (options or {}).items() if key.startswith(PREFIX)}
-        rest = {key: value for key, value in (options or {}).items() if key not in ours}
+        rest = {
+            key.replace("-", "_"): value
+            for key, value in (options or {}).items()
+            if key not in ours
+        }
         return cls.of(**{key.removeprefix(PREFIX): value for key, value in ours.items()}), rest
 
     @classmethod

@@ -113,7 +113,7 @@ def complaint(module: str, use: Use) -> str | None:
             "register the op in normfuse/ops/, which imports the launcher"
         )
     is_ours = _within(use.name, "normfuse") and not _within(use.name, KERNELS)
-    if in_kernels and use.is_import and is_ours:
+    if in_kernels and use.is_import and is_ours and not use.is_lazy:
         return (
             f"a kernel file must import nothing of normfuse but {KERNELS}, got {use.name}: "
             "pass the value to the launcher as an argument"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -56,18 +57,15 @@ def obstacle_to_kernel(op: Any, arguments: tuple[Any, ...]) -> str | None:
     for value in arguments:
         if isinstance(value, torch.SymFloat):
             return "eps or a scale is symbolic, and the kernel is compiled for its value"
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return "triton is not installed"
-    return None
+    return None if find_spec("triton") else "triton is not installed"
 
 
 def _launch_rms_norm(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
     from normfuse.ops.kernels.rms_norm import launch
 
-    *values, plan = arguments
-    return launch(*values, RoundingPlan.parse(plan), store_rstd=used[1], wrap=wrap)
+    x, weight, eps_tensor, eps, offset, plan = arguments
+    steps = RoundingPlan.parse(plan)
+    return launch(x, weight, eps_tensor, eps, offset, steps, store_rstd=used[1], wrap=wrap)
 
 
 def _launch_add_rms_norm(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:

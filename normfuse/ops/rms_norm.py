@@ -88,7 +88,8 @@ def rms_norm_fake(
     plan: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     steps = RoundingPlan.parse(plan)
-    rstd = torch.empty_like(x[..., :1], dtype=steps.compute)
+    # A reduction's result is contiguous, whatever the order of the axes of x.
+    rstd = x.new_empty((*x.shape[:-1], 1), dtype=steps.compute)
     return torch.empty_like(x, dtype=steps.out), rstd
 
 

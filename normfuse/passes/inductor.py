@@ -114,7 +114,7 @@ def check_options(options: dict[str, Any]) -> None:
     """
     known = inductor_config.get_config_copy()
     for name in options:
-        if name.replace("-", "_") not in known:
+        if name not in known:
             from difflib import get_close_matches
 
             close = (

@@ -34,9 +34,8 @@ class Recognise:
 
     def __call__(self, graph: Graph) -> None:
         context = Context(graph, Mutations(graph), self.fake_key, self.settings.numerics)
-        if self.settings.allows(RECOGNISE.name):
-            for node in list(graph.nodes):
-                self._recognise(node, context)
+        for node in list(graph.nodes):
+            self._recognise(node, context)
         for rule in COMPOSE:
             if self.settings.allows(rule.name):
                 self._compose(rule, context)
@@ -49,9 +48,7 @@ class Recognise:
             return
         place = Place.of(node)
         try:
-            glob = self.settings.skipped_by(place.module)
-            if glob is not None:
-                raise Decline(f"the option normfuse.skip names this module ({glob})")
+            self._check_options(place)
             op = rewrite(read_norm(site), context)
         except Decline as decline:
             log.debug("%s (%s): left alone: %s", place.module, place.source, decline)
@@ -60,6 +57,13 @@ class Recognise:
             return
         if self.recorder is not None:
             self.recorder.fused(Place.of(op), RECOGNISE.name)
+
+    def _check_options(self, place: Place) -> None:
+        if not self.settings.allows(RECOGNISE.name):
+            raise Decline(f"the options leave out the rule {RECOGNISE.name}")
+        glob = self.settings.skipped_by(place.module)
+        if glob is not None:
+            raise Decline(f"the option normfuse.skip names this module ({glob})")
 
     def _compose(self, rule: Rule, context: Context) -> None:
         for node in [node for node in context.graph.nodes if is_op(node)]:

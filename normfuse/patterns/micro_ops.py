@@ -11,7 +11,7 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -238,7 +238,7 @@ def width_of(node: Node) -> int | None:
     size: Any = fake_of(node).shape[-1]
     if isinstance(size, torch.SymInt):
         # `dynamic=True` makes every axis symbolic; the product with a weight has fixed this one.
-        return size.node.maybe_as_int()
+        return cast("int | None", size.node.maybe_as_int())
     return int(size)
 
 

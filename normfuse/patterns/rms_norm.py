@@ -118,6 +118,8 @@ def rewrite(norm: Norm, context: Context) -> Node:
     eps_tensor = norm.eps if tensor(norm.eps) is not None else None
     if isinstance(eps_tensor, Node) and fake_of(eps_tensor).device != fake_of(norm.x).device:
         raise Decline("eps is a tensor on another device than the activations")
+    if isinstance(eps_tensor, Node) and fake_of(eps_tensor).requires_grad:
+        raise Decline("eps is learned, and the op has no gradient for it")
     reads = [node for node in (norm.x, norm.weight, eps_tensor) if isinstance(node, Node)]
     context.mutations.forbid_between(norm.nodes)
     before = _position(norm, reads)
@@ -159,7 +161,7 @@ def _fake_results(norm: Norm, context: Context) -> tuple[torch.Tensor, torch.Ten
     assert x is not None
     with fake_mode(norm.x):
         y = tensor(norm.last) if not norm.views else torch.empty_like(x, dtype=norm.plan.out)
-        rstd = torch.empty_like(x[..., :1], dtype=norm.plan.compute)
+        rstd = x.new_empty((*x.shape[:-1], 1), dtype=norm.plan.compute)
     assert y is not None
     return y, rstd
 
