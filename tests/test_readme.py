@@ -1,0 +1,37 @@
+"""What the README says is what the code does."""
+
+import importlib.util
+from pathlib import Path
+
+import torch
+
+from normfuse.explain import explain_with
+from tests import blocks
+from tests.blocks import activation
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_table_of_rules():
+    spec = importlib.util.spec_from_file_location("rules_table", ROOT / "tools/rules_table.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    text = (ROOT / "README.md").read_text()
+    assert tool.with_table(text) == text, "run: python tools/rules_table.py --write"
+
+
+def test_graph_after():
+    """The call that the README shows for a Gemma 3 block stands in the rewritten graph."""
+    readme = (ROOT / "README.md").read_text()
+    call = next(line.strip() for line in readme.splitlines() if "rms_norm_add_rms_norm(" in line)
+    with torch.no_grad():
+        report = explain_with(
+            blocks.GemmaBlock().bfloat16(),
+            (activation(2), activation(2)),
+            options={"normfuse.lowering": "op"},
+        )
+    assert "torch.ops.normfuse.rms_norm_add_rms_norm.default(" in report.after
+    numbers = call.split("eps_1=")[1].rstrip(")")
+    assert "1e-06, 1.0, 'f32 unit=f32 weight=f32 out=bf16'" in report.after
+    assert "offset_1=1.0" in numbers
+    assert "'f32 unit=f32 weight=f32 out=bf16'" in numbers
