@@ -120,7 +120,9 @@ class TestTriton:
 class TestInline(TestCase):
     def test_is_the_decomposition_that_inductor_would_have_had(self):
         graph = lowered(add_norm, (4, 8), (4, 8), (8,), lowering="inline")
-        self.assertExpectedInline(render(graph), """\
+        self.assertExpectedInline(
+            render(graph),
+            """\
     add = aten.add.Tensor(residual_1, x_1)
     convert_element_type = prims.convert_element_type.default(add, torch.float32)
     pow_1 = aten.pow.Tensor_Scalar(convert_element_type, 2)
@@ -130,7 +132,8 @@ class TestInline(TestCase):
     mul = aten.mul.Tensor(convert_element_type, rsqrt)
     convert_element_type_1 = prims.convert_element_type.default(mul, torch.bfloat16)
     mul_1 = aten.mul.Tensor(convert_element_type_1, weight_1)
-    return (mul_1, add)""")
+    return (mul_1, add)""",
+        )
 
 
 def test_inline_generates_the_code_of_plain_inductor():
