@@ -1,7 +1,10 @@
 """`explain`, which keeps nothing, and `assert_fused`, which fails the tests of those who use it."""
 
+import linecache
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import normfuse
@@ -175,3 +178,15 @@ def test_assert_fused_wants_a_share(share):
     assert str(raised.value) == (
         f"min_coverage must be between 0 and 1, got {share}: pass a share, such as 0.99"
     )
+
+
+def test_source_is_the_line_of_the_model_and_not_of_torch():
+    def norm(x):
+        return F.rms_norm(x, (8,))
+
+    with torch.no_grad():
+        report = normfuse.explain(norm, torch.randn(2, 8))
+    (site,) = report.sites
+    path, _, line = site.source.rpartition(":")
+    assert path == __file__
+    assert "F.rms_norm" in linecache.getline(path, int(line))

@@ -44,7 +44,7 @@ class _BeforeAutograd:
 
     def __call__(self, graph: Graph) -> None:
         if self.recorder is not None:
-            self.recorder.start(str(graph.python_code("self").src))
+            self.recorder.start(graph.python_code("self").src.strip())
         Recognise("example_value", self.settings, self.recorder)(graph)
 
 
@@ -73,4 +73,4 @@ class _LowerAll:
     def __call__(self, graph: Graph) -> None:
         self.lower(graph)
         if self.recorder is not None:
-            self.recorder.finish(str(graph.python_code("self").src))
+            self.recorder.finish(graph.python_code("self").src.strip())

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from normfuse.report import Report, Site
@@ -34,9 +36,14 @@ def _module_path(stack: Any) -> str:
     return path.removeprefix("self").removeprefix(".")
 
 
+_TORCH = str(Path(torch.__file__).parent)
+
+
 def _source(node: Node) -> str:
+    """The last line outside torch: the model's own, even for `torch.nn.RMSNorm`."""
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    return ":".join(frames[-1]) if frames else ""
+    theirs = [frame for frame in frames if not frame[0].startswith(_TORCH)]
+    return ":".join((theirs or frames)[-1]) if frames else ""
 
 
 @dataclass
