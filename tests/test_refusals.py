@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.testing._internal.two_tensor import TwoTensor
 
 from normfuse.explain import explain_with
 from tests import blocks
@@ -90,6 +91,16 @@ def test_in_place_write_through_a_view():
     x, scale = activation(2, dtype=torch.float32), torch.ones(WIDTH, requires_grad=True)
     assert declined(norm, x, scale, grad=True) == (
         "a value that it reads is changed in place by `zero_` on the way"
+    )
+
+
+def test_tensor_subclass_in_a_training_graph():
+    def norm(x):
+        return x * inverse_rms(x)
+
+    half = activation(2, dtype=torch.float32)
+    assert declined(norm, TwoTensor(half, half * 2).requires_grad_(), grad=True) == (
+        "an operand is a tensor subclass (TwoTensor), for which the op has no rule"
     )
 
 

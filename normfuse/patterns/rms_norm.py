@@ -7,6 +7,7 @@ from typing import cast
 
 import torch
 from torch.fx import Node
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from normfuse.ops import RMS_NORM
 from normfuse.ops.rounding import FLOATS, RoundingPlan
@@ -22,7 +23,8 @@ class Norm:
     """One recognised norm: the operands of the op, and the nodes that it replaces.
 
     `last` is the node whose value becomes the op's result, after `views` are applied to it; `rstd`
-    is the inverse root where something else reads it too.
+    is the inverse root where something else reads it too. `copies` are nodes that eager made of the
+    operands, and that others may still use.
     """
 
     x: Node
@@ -34,6 +36,7 @@ class Norm:
     views: tuple[Node, ...]
     rstd: Node | None
     nodes: tuple[Node, ...]
+    copies: tuple[Node, ...] = ()
 
 
 def find_site(node: Node) -> Candidate | Node | None:
@@ -65,6 +68,7 @@ def read_norm(site: Candidate | Node) -> Norm:
         views=scaling.views,
         rstd=_escaping_rstd(statistic, scaling),
         nodes=(*statistic.nodes, *scaling.product.nodes, *scaling.nodes),
+        copies=(*scaling.product.copies, *(weight.copies if weight else ())),
     )
 
 
@@ -121,7 +125,11 @@ def rewrite(norm: Norm, context: Context) -> Node:
     if isinstance(eps_tensor, Node) and fake_of(eps_tensor).requires_grad:
         raise Decline("eps is learned, and the op has no gradient for it")
     reads = [node for node in (norm.x, norm.weight, eps_tensor) if isinstance(node, Node)]
-    context.mutations.forbid_between(norm.nodes)
+    for node in reads:
+        if is_traceable_wrapper_subclass(fake_of(node)):
+            kind = type(fake_of(node)).__name__
+            raise Decline(f"an operand is a tensor subclass ({kind}), for which the op has no rule")
+    context.mutations.forbid_between((*norm.nodes, *norm.copies))
     before = _position(norm, reads)
     eps = 0.0 if eps_tensor is not None else norm.eps
     arguments = (

@@ -31,7 +31,10 @@ from normfuse.patterns.statistic import Statistic
 
 @dataclass(frozen=True)
 class Product:
-    """The node where x meets its inverse root: `unit = x * rstd`, or `x / sqrt`."""
+    """The node where x meets its inverse root: `unit = x * rstd`, or `x / sqrt`.
+
+    `copies` are the casts of x that eager reads, and that the op does without.
+    """
 
     node: Node
     x: Node
@@ -39,15 +42,20 @@ class Product:
     kind: str
     rstd: torch.dtype
     nodes: tuple[Node, ...]
+    copies: tuple[Node, ...]
 
 
 @dataclass(frozen=True)
 class Weight:
-    """`weight + offset`: the plain weight, and the types of the sum and of the factor."""
+    """`weight + offset`: the plain weight, and the types of the sum and of the factor.
+
+    `copies` are the nodes between the plain weight and the factor, which the op does without.
+    """
 
     node: Node
     offset: float
     dtypes: tuple[torch.dtype, torch.dtype]
+    copies: tuple[Node, ...]
 
 
 @dataclass(frozen=True)
@@ -119,7 +127,9 @@ def _read_product(statistic: Statistic) -> Product:
                 assert isinstance(value, Node)
                 _check_promotion(user, value, inverse)
                 x = _uncast(value)
-                return Product(user, x, inverse, kind, _rounded_to(statistic, path), (*path, user))
+                rstd = _rounded_to(statistic, path)
+                copies = (*_between(value, x), *_between(statistic.h, x))
+                return Product(user, x, inverse, kind, rstd, (*path, user), copies)
             others.append(user)
     if others:
         raise Decline("the inverse root multiplies another value than the one that was squared")
@@ -182,6 +192,17 @@ def _uncast(node: Node) -> Node:
     ):
         node = source
     return node
+
+
+def _between(node: Node, source: Node) -> tuple[Node, ...]:
+    """The casts, views and offsets from a node back to the value that they were made of."""
+    path = []
+    while node is not source:
+        path.append(node)
+        op = micro_op(node)
+        assert op is not None
+        node = next(operand for operand in op.operands if isinstance(operand, Node))
+    return tuple(path)
 
 
 def _check_promotion(node: Node, left: Node, right: Node) -> None:
@@ -299,11 +320,14 @@ def _read_weight(factor: Node, width: int) -> Weight | None:
                 continue
             plain = _peel_cast(value)
             if dtype(value) == dtype(candidate) and _is_vector(plain, width):
-                return Weight(plain, float(offset), (dtype(candidate), multiplied))
+                types = (dtype(candidate), multiplied)
+                return Weight(plain, float(offset), types, _between(factor, plain))
     plain = _peel_cast(node)
     if _is_vector(plain, width):
-        return Weight(plain, 0.0, (multiplied, multiplied))
-    return Weight(node, 0.0, (multiplied, multiplied)) if _is_vector(node, width) else None
+        return Weight(plain, 0.0, (multiplied, multiplied), _between(factor, plain))
+    if not _is_vector(node, width):
+        return None
+    return Weight(node, 0.0, (multiplied, multiplied), _between(factor, node))
 
 
 def _peel_cast(node: Node) -> Node:
