@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 
 from normfuse.explain import explain_with
+from normfuse.patterns import RULES
+from normfuse.settings import RULE_NAMES
 from tests import blocks
 from tests.blocks import activation
 
@@ -35,3 +37,7 @@ def test_graph_after():
     assert "1e-06, 1.0, 'f32 unit=f32 weight=f32 out=bf16'" in report.after
     assert "offset_1=1.0" in numbers
     assert "'f32 unit=f32 weight=f32 out=bf16'" in numbers
+
+
+def test_options_know_every_rule():
+    assert tuple(rule.name for rule in RULES) == RULE_NAMES

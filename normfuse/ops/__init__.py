@@ -1,6 +1,7 @@
 """The ops of namespace `normfuse::`, their meaning in plain torch, and their eager functions."""
 
 from normfuse.ops.add_rms_norm import ADD_RMS_NORM, AddRMSNorm, add_rms_norm
+from normfuse.ops.l2_norm import L2_NORM, l2_norm
 from normfuse.ops.rms_norm import RMS_NORM, rms_norm
 from normfuse.ops.rms_norm_add import RMS_NORM_ADD, rms_norm_add
 from normfuse.ops.rms_norm_add_rms_norm import (
@@ -12,6 +13,7 @@ from normfuse.ops.rounding import RoundingPlan
 
 __all__ = [
     "ADD_RMS_NORM",
+    "L2_NORM",
     "RMS_NORM",
     "RMS_NORM_ADD",
     "RMS_NORM_ADD_RMS_NORM",
@@ -19,6 +21,7 @@ __all__ = [
     "RMSNormAddRMSNorm",
     "RoundingPlan",
     "add_rms_norm",
+    "l2_norm",
     "rms_norm",
     "rms_norm_add",
     "rms_norm_add_rms_norm",

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from normfuse.ops.add_rms_norm import ADD_RMS_NORM, add_rms_norm_reference
+from normfuse.ops.l2_norm import L2_NORM, l2_norm_reference
 from normfuse.ops.residual_sum import Scales
 from normfuse.ops.rms_norm import RMS_NORM, rms_norm_reference
 from normfuse.ops.rms_norm_add import RMS_NORM_ADD, rms_norm_add_reference
@@ -20,6 +21,7 @@ from normfuse.ops.rounding import RoundingPlan
 
 _REFERENCES: dict[Any, Callable[..., Any]] = {
     RMS_NORM: rms_norm_reference,
+    L2_NORM: l2_norm_reference,
     ADD_RMS_NORM: add_rms_norm_reference,
     RMS_NORM_ADD: rms_norm_add_reference,
     RMS_NORM_ADD_RMS_NORM: rms_norm_add_rms_norm_reference,
@@ -66,6 +68,14 @@ def _launch_rms_norm(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
     x, weight, eps_tensor, eps, offset, plan = arguments
     steps = RoundingPlan.parse(plan)
     return launch(x, weight, eps_tensor, eps, offset, steps, store_rstd=used[1], wrap=wrap)
+
+
+def _launch_l2_norm(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
+    from normfuse.ops.kernels.l2_norm import launch
+
+    x, eps_tensor, eps, plan = arguments
+    steps = RoundingPlan.parse(plan)
+    return launch(x, None, eps_tensor, eps, 0.0, steps, store_rstd=used[1], wrap=wrap)
 
 
 def _launch_add_rms_norm(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
@@ -129,6 +139,7 @@ def _launch_rms_norm_add_rms_norm(wrap: Any, used: tuple[bool, ...], *arguments:
 
 _LAUNCHES: dict[Any, Callable[..., Any]] = {
     RMS_NORM: _launch_rms_norm,
+    L2_NORM: _launch_l2_norm,
     ADD_RMS_NORM: _launch_add_rms_norm,
     RMS_NORM_ADD: _launch_rms_norm_add,
     RMS_NORM_ADD_RMS_NORM: _launch_rms_norm_add_rms_norm,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from normfuse.ops.registration import register
-from normfuse.ops.rounding import RoundingPlan
+from normfuse.ops.rounding import L2, RoundingPlan
 from normfuse.ops.validation import check_activation, check_eps, check_weight
 
 SCHEMA = (
@@ -49,6 +49,8 @@ def _mean_of_squares(h: torch.Tensor, mean: str) -> torch.Tensor:
     if mean == "mean":
         return squares.mean(-1, keepdim=True)
     total = squares.sum(-1, keepdim=True)
+    if mean == L2:
+        return total
     return total / h.shape[-1] if mean == "sum_divided" else total * (1.0 / h.shape[-1])
 
 

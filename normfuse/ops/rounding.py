@@ -23,6 +23,7 @@ _SHORT = {
 _DTYPE = {short: dtype for dtype, short in _SHORT.items()}
 
 MEANS = ("mean", "sum_divided", "sum_scaled")
+L2 = "sum"  # undivided: the statistic of an L2 norm
 ROOTS = ("rsqrt", "pow", "reciprocal_sqrt", "divide_by_sqrt")
 
 FLOATS = tuple(_SHORT)
@@ -50,7 +51,8 @@ class RoundingPlan:
 
     Attributes:
         compute: type in which the statistic is formed.
-        mean: `"mean"`, `"sum_divided"` (sum / N) or `"sum_scaled"` (sum * (1 / N)).
+        mean: `"mean"`, `"sum_divided"` (sum / N), `"sum_scaled"` (sum * (1 / N)), or `"sum"` for an
+            L2 norm.
         root: `"rsqrt"`, `"pow"` (v ** -0.5), `"reciprocal_sqrt"` (1 / sqrt(v), multiplied) or
             `"divide_by_sqrt"` (x / sqrt(v)).
         rstd: type to which the inverse root is rounded before it multiplies x.
@@ -74,7 +76,7 @@ class RoundingPlan:
             if dtype not in _SHORT:
                 names = ", ".join(str(d) for d in _SHORT)
                 raise TypeError(f"a rounding plan holds floating types ({names}), got {dtype}")
-        if self.mean not in MEANS or self.root not in ROOTS:
+        if self.mean not in (*MEANS, L2) or self.root not in ROOTS:
             raise ValueError(
                 f"mean must be one of {MEANS} and root one of {ROOTS}, got {self.mean}, {self.root}"
             )
@@ -98,6 +100,10 @@ class RoundingPlan:
             weight=(weight, weight),
             out=torch.promote_types(x, weight),
         )
+
+    def with_mean(self, mean: str) -> RoundingPlan:
+        """The same roundings with another mean."""
+        return replace(self, mean=mean)
 
     def fast(self) -> RoundingPlan:
         """The same norm with one rounding only, at the result (`numerics="fast"`)."""
@@ -136,7 +142,8 @@ def _parse(text: str) -> RoundingPlan:
     short = "|".join(_DTYPE)
     chain = rf"(?:{short})(?:>(?:{short}))*"
     match = re.fullmatch(
-        rf"(?P<compute>{short})(?: (?P<mean>{'|'.join(MEANS)}))?(?: (?P<root>{'|'.join(ROOTS)}))?"
+        rf"(?P<compute>{short})(?: (?P<mean>{'|'.join((*MEANS, L2))}))?"
+        rf"(?: (?P<root>{'|'.join(ROOTS)}))?"
         rf"(?: rstd=(?P<rstd>{short}))? unit=(?P<unit>{chain})(?: weight=(?P<weight>{chain}))?"
         rf" out=(?P<out>{short})",
         text,

@@ -11,7 +11,7 @@ from normfuse.passes.recorder import Place, Recorder
 from normfuse.patterns import COMPOSE, RECOGNISE
 from normfuse.patterns.decline import Decline
 from normfuse.patterns.mutation import Mutations
-from normfuse.patterns.rms_norm import find_site, read_norm, rewrite
+from normfuse.patterns.rms_norm import find_site
 from normfuse.patterns.rule import Context, Rule
 from normfuse.settings import Settings
 
@@ -41,29 +41,29 @@ class Recognise:
                 self._compose(rule, context)
 
     def _recognise(self, node: Node, context: Context) -> None:
-        if node._erased:
-            return
-        site = find_site(node)
-        if site is None:
+        if node._erased or find_site(node) is None:
             return
         place = Place.of(node)
         try:
-            self._check_options(place)
-            op = rewrite(read_norm(site), context)
+            rule, op = self._first_that_applies(node, place, context)
         except Decline as decline:
             log.debug("%s (%s): left alone: %s", place.module, place.source, decline)
             if self.recorder is not None:
                 self.recorder.declined(place, str(decline))
             return
         if self.recorder is not None:
-            self.recorder.fused(Place.of(op), RECOGNISE.name)
+            self.recorder.fused(Place.of(op), rule.name)
 
-    def _check_options(self, place: Place) -> None:
-        if not self.settings.allows(RECOGNISE.name):
-            raise Decline(f"the options leave out the rule {RECOGNISE.name}")
+    def _first_that_applies(self, node: Node, place: Place, context: Context) -> tuple[Rule, Node]:
         glob = self.settings.skipped_by(place.module)
         if glob is not None:
             raise Decline(f"the option normfuse.skip names this module ({glob})")
+        for rule in RECOGNISE:
+            op = rule.apply(node, context) if self.settings.allows(rule.name) else None
+            if op is not None:
+                return rule, op
+        left_out = [rule.name for rule in RECOGNISE if not self.settings.allows(rule.name)]
+        raise Decline(f"the options leave out the rule {' and '.join(left_out)}")
 
     def _compose(self, rule: Rule, context: Context) -> None:
         for node in [node for node in context.graph.nodes if is_op(node)]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch.fx import Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from normfuse.ops import RMS_NORM
-from normfuse.ops.rounding import FLOATS, RoundingPlan
+from normfuse.ops import L2_NORM, RMS_NORM
+from normfuse.ops.rounding import FLOATS, L2, RoundingPlan
 from normfuse.patterns.decline import Decline
 from normfuse.patterns.micro_ops import Kind, Operand, dtype, fake_mode, fake_of, micro_op, tensor
 from normfuse.patterns.rule import Context, Rule, emit, erase, result
@@ -119,7 +119,7 @@ def _read_call(node: Node) -> Norm:
 
 def rewrite(norm: Norm, context: Context) -> Node:
     """Replace the nodes of a norm by one op; returns the op's node."""
-    eps_tensor = norm.eps if tensor(norm.eps) is not None else None
+    eps_tensor = cast(Node, norm.eps) if tensor(norm.eps) is not None else None
     if isinstance(eps_tensor, Node) and fake_of(eps_tensor).device != fake_of(norm.x).device:
         raise Decline("eps is a tensor on another device than the activations")
     if isinstance(eps_tensor, Node) and fake_of(eps_tensor).requires_grad:
@@ -130,18 +130,13 @@ def rewrite(norm: Norm, context: Context) -> Node:
             kind = type(fake_of(node)).__name__
             raise Decline(f"an operand is a tensor subclass ({kind}), for which the op has no rule")
     context.mutations.forbid_between((*norm.nodes, *norm.copies))
-    before = _position(norm, reads)
-    eps = 0.0 if eps_tensor is not None else norm.eps
-    arguments = (
-        norm.x,
-        norm.weight,
-        eps_tensor,
-        eps if isinstance(eps, Node) else float(eps),
-        norm.offset,
-        context.plan(norm.plan),
-    )
     op = emit(
-        context, RMS_NORM, arguments, _fake_results(norm, context), before=before, like=norm.last
+        context,
+        L2_NORM if norm.plan.mean == L2 else RMS_NORM,
+        _arguments(norm, eps_tensor, context),
+        _fake_results(norm, context),
+        before=_position(norm, reads),
+        like=norm.last,
     )
     if norm.rstd is not None:
         norm.rstd.replace_all_uses_with(
@@ -153,6 +148,16 @@ def rewrite(norm: Norm, context: Context) -> Node:
     norm.last.replace_all_uses_with(value)
     erase(norm.nodes)
     return op
+
+
+def _arguments(norm: Norm, eps_tensor: Node | None, context: Context) -> tuple[Any, ...]:
+    """What the op of a norm is called with, in schema order."""
+    eps = 0.0 if eps_tensor is not None else norm.eps
+    number = eps if isinstance(eps, Node) else float(eps)
+    plan = context.plan(norm.plan)
+    if norm.plan.mean == L2:
+        return norm.x, eps_tensor, number, plan
+    return norm.x, norm.weight, eps_tensor, number, norm.offset, plan
 
 
 def _position(norm: Norm, reads: list[Node]) -> Node:
@@ -185,7 +190,8 @@ def _repeat_view(view: Node, value: Node, last: Node, context: Context) -> Node:
 
 def _apply(node: Node, context: Context) -> Node | None:
     site = find_site(node)
-    return None if site is None else rewrite(read_norm(site), context)
+    norm = None if site is None else read_norm(site)
+    return None if norm is None or norm.plan.mean == L2 else rewrite(norm, context)
 
 
 RULE = Rule(

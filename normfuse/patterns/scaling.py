@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch.fx import Node
 
-from normfuse.ops.rounding import FLOATS, RoundingPlan, is_exact_cast
+from normfuse.ops.rounding import FLOATS, L2, RoundingPlan, is_exact_cast
 from normfuse.patterns.decline import Decline
 from normfuse.patterns.micro_ops import (
     Kind,
@@ -103,7 +103,8 @@ def read_scaling(statistic: Statistic) -> Scaling:
         nodes=(product.node,),
     )
     longest = scaling
-    while (longer := _extend(scaling)) is not None:
+    is_weightless = statistic.mean == L2
+    while (longer := _extend(scaling, is_weightless)) is not None:
         is_view = longer.views != scaling.views
         scaling = longer
         longest = longest if is_view else scaling
@@ -214,7 +215,7 @@ def _check_promotion(node: Node, left: Node, right: Node) -> None:
         )
 
 
-def _extend(scaling: Scaling) -> Scaling | None:
+def _extend(scaling: Scaling, is_weightless: bool) -> Scaling | None:
     """The scaling with one more node; None at its end."""
     users = [user for user in scaling.last.users if "_assert_" not in str(user.target)]
     if len(users) != 1:
@@ -229,7 +230,7 @@ def _extend(scaling: Scaling) -> Scaling | None:
         return replace(
             scaling, last=user, views=(*scaling.views, user), nodes=(*scaling.nodes, user)
         )
-    if op.kind is Kind.MUL and scaling.weight is None:
+    if op.kind is Kind.MUL and scaling.weight is None and not is_weightless:
         factor = op.operands[1] if op.operands[0] is scaling.last else op.operands[0]
         return _with_weight(scaling, user, factor)
     return None

@@ -1,8 +1,11 @@
 """The grammar of an RMS statistic, stated once: root(mean(h * h) + eps), for every spelling of it.
 
-    squares   = h ** 2  |  h * h  |  h.square() mean      = squares.mean(-1)  |  squares.sum(-1) / N
-    |  squares.sum(-1) * (1 / N) variance  = mean + eps  |  eps + mean  |  mean root      =
-    rsqrt(variance)  |  variance ** -0.5  |  1 / sqrt(variance)  |  sqrt(variance), which divides
+    squares   = h ** 2  |  h * h  |  h.square()
+    mean      = squares.mean(-1)  |  squares.sum(-1) / N  |  squares.sum(-1) * (1 / N)
+              |  squares.sum(-1), which makes an L2 norm of it
+    variance  = mean + eps  |  eps + mean  |  mean
+    root      = rsqrt(variance)  |  variance ** -0.5  |  1 / sqrt(variance)
+              |  sqrt(variance), which divides
 
 A new spelling is one line here. `find_statistic` reads leniently, so that every candidate gets a
 site in the report; `read_statistic` then insists, and declines with a sentence.
@@ -17,7 +20,7 @@ from typing import cast
 import torch
 from torch.fx import Node
 
-from normfuse.ops.rounding import FLOATS
+from normfuse.ops.rounding import FLOATS, L2
 from normfuse.patterns.decline import Decline
 from normfuse.patterns.micro_ops import (
     Kind,
@@ -187,7 +190,7 @@ def _mean_kind(mean: Operand, candidate: Candidate, h: Node) -> str:
     if mean is candidate.reduction:
         if reduction.kind is Kind.MEAN:
             return "mean"
-        raise Decline("the sum of the squares is not divided by their number: this is an L2 norm")
+        return L2
     op = micro_op(mean)
     by_sum = op is not None and candidate.reduction in op.operands and reduction.kind is Kind.SUM
     if op is None or not by_sum:

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import normfuse.ops  # noqa: F401  (registers the ops)
+from normfuse.ops.l2_norm import l2_norm_reference
 from normfuse.ops.residual_sum import Scales
 from normfuse.ops.rms_norm import rms_norm_reference
-from normfuse.ops.rounding import MEANS, ROOTS, RoundingPlan
+from normfuse.ops.rounding import L2, MEANS, ROOTS, RoundingPlan
 from tests import float64
 from tests.gpu.chains import STEMS, Chain
 from tests.kernels.inputs import (
@@ -60,6 +61,14 @@ def test_errs_no_more_than_eager(rows, width, dtype, stem):
     results = chain.launch(EPS, 1.0, plan)
 
     assert_errs_no_more_than_eager(chain, plan, results)
+
+
+@pytest.mark.parametrize("width", [64, 128, 769, 4096])
+def test_l2_norm_errs_no_more_than_eager(width):
+    x, plan = random(1000, width), str(RoundingPlan.once(BF16, None).with_mean(L2))
+    y, _ = torch.ops.normfuse.l2_norm(x, None, EPS, plan)
+    exact = x.double() / (x.double().square().sum(-1, keepdim=True) + EPS).sqrt()
+    float64.assert_as_close_as_eager(y, l2_norm_reference(x, None, EPS, plan)[0], exact)
 
 
 @pytest.mark.parametrize("compute", [F32, F64, BF16, F16])

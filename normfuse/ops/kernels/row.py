@@ -91,9 +91,11 @@ def root_of(
     total = tl.sum(sums, axis=1, keep_dims=True)
     if MEAN != "mean":
         total = rounded(total, COMPUTE)  # eager's `.sum(-1)`
-    # On a GPU, eager's `mean`, `/ N` and `* (1 / N)` all multiply by the rounded reciprocal.
-    reciprocal = tl.full([1, 1], 1.0 / N, total.dtype)
-    mean = multiplied(total, reciprocal, COMPUTE, True)  # eager's mean
+    mean = total
+    if MEAN != "sum":
+        # On a GPU, eager's `mean`, `/ N` and `* (1 / N)` all multiply by the rounded reciprocal.
+        reciprocal = tl.full([1, 1], 1.0 / N, total.dtype)
+        mean = multiplied(total, reciprocal, COMPUTE, True)  # eager's mean
     if eps_ptr is None:
         variance = rounded(mean + EPS, COMPUTE)  # eager's `+ eps`
     else:
