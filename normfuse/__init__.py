@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from normfuse import testing
 from normfuse.backend import options
 from normfuse.explain import assert_fused, explain
 from normfuse.ops import (
@@ -35,4 +36,5 @@ __all__ = [
     "rms_norm",
     "rms_norm_add",
     "rms_norm_add_rms_norm",
+    "testing",
 ]

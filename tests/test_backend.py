@@ -339,3 +339,10 @@ def test_is_silent_inside_the_tested_range(monkeypatch, version):
     normfuse.options()
 
     assert not backend._warned
+
+
+def test_the_public_surface_needs_one_import():
+    """Every name that the README uses is there after `import normfuse`."""
+    code = "import normfuse; normfuse.testing.capture; normfuse.explain; normfuse.options"
+    names = "; ".join(f"normfuse.{name}" for name in normfuse.__all__)
+    subprocess.run([sys.executable, "-c", f"{code}; {names}"], check=True)
