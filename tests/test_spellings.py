@@ -230,6 +230,12 @@ def inverse_root_used_again(x, w):
     return (h * rstd).to(x.dtype) * w, rstd
 
 
+@weightless
+def rounded_inverse_root_used_again(x):
+    rstd = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + EPS).to(x.dtype)
+    return x * rstd, rstd
+
+
 def check(function, *inputs):
     with torch.no_grad():
         eager = as_tuple(function(*inputs))

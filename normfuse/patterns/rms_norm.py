@@ -139,9 +139,7 @@ def rewrite(norm: Norm, context: Context) -> Node:
         like=norm.last,
     )
     if norm.rstd is not None:
-        norm.rstd.replace_all_uses_with(
-            result(context, op, 1), delete_user_cb=lambda user: user not in norm.nodes
-        )
+        norm.rstd.replace_all_uses_with(result(context, op, 1))
     value = result(context, op, 0)
     for view in norm.views:
         value = _repeat_view(view, value, norm.last, context)
