@@ -29,11 +29,6 @@ ROOTS = ("rsqrt", "pow", "reciprocal_sqrt", "divide_by_sqrt")
 FLOATS = tuple(_SHORT)
 
 
-def short_name(dtype: torch.dtype) -> str:
-    """`torch.bfloat16` -> `"bf16"`, the name that plans and kernels use."""
-    return _SHORT[dtype]
-
-
 def is_exact_cast(source: torch.dtype, target: torch.dtype) -> bool:
     """Whether every value of `source` is a value of `target`, so that the cast rounds nothing."""
     return torch.promote_types(source, target) == target

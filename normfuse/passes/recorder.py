@@ -77,24 +77,14 @@ class Recorder:
 
     def fused(self, place: Place, op: str) -> None:
         self._fused[place].append(len(self.sites))
-        self.sites.append(
-            Site(
-                op, True, None, place.module, place.source, None, graph=max(len(self.before) - 1, 0)
-            )
-        )
+        self.sites.append(self._site(place, op, None))
 
     def declined(self, place: Place, reason: str) -> None:
-        self._pending.append(
-            Site(
-                None,
-                False,
-                reason,
-                place.module,
-                place.source,
-                None,
-                graph=max(len(self.before) - 1, 0),
-            )
-        )
+        self._pending.append(self._site(place, None, reason))
+
+    def _site(self, place: Place, op: str | None, reason: str | None) -> Site:
+        graph = max(len(self.before) - 1, 0)
+        return Site(op, op is not None, reason, place.module, place.source, None, graph=graph)
 
     def composed(self, place: Place, op: str, parts: list[Place]) -> None:
         """Sites at `parts` became one op, which stands at `place`."""

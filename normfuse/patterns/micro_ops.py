@@ -21,7 +21,6 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 aten = torch.ops.aten
 prims = torch.ops.prims
 
-Number = int | float
 Operand = Node | int | float
 
 
