@@ -51,8 +51,8 @@ def kernel_form(op: Any, used: tuple[bool, ...]) -> Callable[..., Any]:
 
 def obstacle_to_kernel(op: Any, arguments: tuple[Any, ...]) -> str | None:
     """Why a site cannot take the Triton form, as a sentence; None if it can."""
-    width = arguments[0].shape[-1]
-    if not isinstance(width, int):
+    activations = arguments[0] if isinstance(arguments[0], (list, tuple)) else arguments[:1]
+    if not all(isinstance(x.shape[-1], int) for x in activations):
         return (
             "the width of the normalised axis is symbolic, and the kernel is compiled for one width"
         )

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from normfuse.ops import lowering as forms
 from normfuse.passes import inductor
@@ -50,9 +51,7 @@ class Lower:
     def _choose(self, node: Node) -> tuple[str, str | None]:
         """The form for one op, and why, where that is not what was asked for."""
         wanted = self.settings.lowering
-        x = node.args[0]
-        assert isinstance(x, Node)
-        device = x.meta["val"].device
+        device = _operands(node)[0].meta["val"].device
         if wanted in ("op", "inline"):
             return wanted, None
         if device.type not in KERNEL_DEVICES:
@@ -67,8 +66,8 @@ class Lower:
             any(user.args[1] == index and user.users for user in node.users)
             for index in range(len(node.meta["val"]))
         )
-        tensors = [argument for argument in node.args if isinstance(argument, Node)]
-        key = (node.target, lowering, used, *(_signature(argument) for argument in node.args))
+        tensors = _operands(node)
+        key = (node.target, lowering, used, str(tree_map(_signature, node.args)))
         if key not in self._traced:
             self._traced[key] = _trace(node, lowering, used)
         results = _copy(self._traced[key], tensors, node)
@@ -81,6 +80,11 @@ class Lower:
         node.graph.erase_node(node)
 
 
+def _operands(node: Node) -> list[Node]:
+    """The node arguments in order, those inside lists too, each as often as it is passed."""
+    return [argument for argument in tree_flatten(node.args)[0] if isinstance(argument, Node)]
+
+
 def _signature(argument: Any) -> Any:
     if not isinstance(argument, Node):
         return argument
@@ -91,12 +95,13 @@ def _signature(argument: Any) -> Any:
 
 
 def _values(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(a.meta["val"] if isinstance(a, Node) else a for a in arguments)
+    values: tuple[Any, ...] = map_arg(arguments, lambda node: node.meta["val"])
+    return values
 
 
 def _trace(node: Node, lowering: str, used: tuple[bool, ...]) -> GraphModule:
     """The graph of one form; its placeholders are the node arguments of the op, in order."""
-    is_node = [isinstance(argument, Node) for argument in node.args]
+    arguments, structure = tree_flatten(node.args)
     form: Callable[..., Any] = (
         forms.kernel_form(node.target, used)
         if lowering == "triton"
@@ -105,12 +110,10 @@ def _trace(node: Node, lowering: str, used: tuple[bool, ...]) -> GraphModule:
 
     def function(*values: Any) -> Any:
         remaining = iter(values)
-        arguments = [
-            next(remaining) if flag else a for flag, a in zip(is_node, node.args, strict=True)
-        ]
-        return form(*arguments)
+        filled = [next(remaining) if isinstance(a, Node) else a for a in arguments]
+        return form(*tree_unflatten(filled, structure))
 
-    inputs = [argument.meta["val"] for argument in node.args if isinstance(argument, Node)]
+    inputs = [operand.meta["val"] for operand in _operands(node)]
     return inductor.trace(function, inputs, functional=lowering == "triton")
 
 

@@ -59,16 +59,13 @@ def _total(
     mask,
     BRANCH_SCALE: tl.constexpr,
     TOTAL_SCALE: tl.constexpr,
-    BRANCH: tl.constexpr,
-    SCALED: tl.constexpr,
     SUM: tl.constexpr,
-    TOTAL: tl.constexpr,
 ):
     x = load_held(x_ptr + cols, mask)
     residual = load_held(residual_ptr + cols, mask)
     return residual_sum(
         x, residual, branch_scale_ptr, total_scale_ptr,
-        BRANCH_SCALE, TOTAL_SCALE, BRANCH, SCALED, SUM, TOTAL,
+        BRANCH_SCALE, TOTAL_SCALE, SUM,
     )  # fmt: skip
 
 
@@ -90,22 +87,10 @@ def add_rms_norm_kernel(
     BLOCK: tl.constexpr,
     BRANCH_SCALE: tl.constexpr,
     TOTAL_SCALE: tl.constexpr,
-    BRANCH: tl.constexpr,
-    SCALED: tl.constexpr,
     SUM: tl.constexpr,
-    TOTAL: tl.constexpr,
     EPS: tl.constexpr,
     OFFSET: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    MEAN: tl.constexpr,
-    ROOT: tl.constexpr,
-    RSTD: tl.constexpr,
-    FORM: tl.constexpr,
-    UNIT: tl.constexpr,
-    WEIGHT: tl.constexpr,
-    FACTOR: tl.constexpr,
-    PRODUCT: tl.constexpr,
-    OUT: tl.constexpr,
+    PLAN: tl.constexpr,
 ):
     row = row_index(ROWS)
     x_ptr += row * stride_x_row
@@ -118,40 +103,34 @@ def add_rms_norm_kernel(
         mask = (row < num_rows) & (cols < N)
         total = _total(
             x_ptr, residual_ptr, branch_scale_ptr, total_scale_ptr, cols, mask,
-            BRANCH_SCALE, TOTAL_SCALE, BRANCH, SCALED, SUM, TOTAL,
+            BRANCH_SCALE, TOTAL_SCALE, SUM,
         )  # fmt: skip
         if total_ptr is not None:
             tl.store(total_ptr + cols, total, mask=mask)
-        root = root_of(squares(total, COMPUTE), None, N, EPS, COMPUTE, MEAN, ROOT)
-        y = normalised(
-            total, root, weight_ptr, cols,
-            N, OFFSET, ROOT, RSTD, FORM, UNIT, WEIGHT, FACTOR, PRODUCT, OUT, False,
-        )  # fmt: skip
+        root = root_of(squares(total, PLAN), None, N, EPS, PLAN)
+        y = normalised(total, root, weight_ptr, cols, N, OFFSET, PLAN, False)
         tl.store(y_ptr + cols, y, mask=mask)
     else:
-        sums = zero_sums(ROWS, BLOCK, COMPUTE)
+        sums = zero_sums(ROWS, BLOCK, PLAN)
         for start in range(0, N, BLOCK):
             mask = (row < num_rows) & (start + cols < N)
             total = _total(
                 x_ptr, residual_ptr, branch_scale_ptr, total_scale_ptr, start + cols, mask,
-                BRANCH_SCALE, TOTAL_SCALE, BRANCH, SCALED, SUM, TOTAL,
+                BRANCH_SCALE, TOTAL_SCALE, SUM,
             )  # fmt: skip
-            sums += squares(total, COMPUTE)
-        root = root_of(sums, None, N, EPS, COMPUTE, MEAN, ROOT)
+            sums += squares(total, PLAN)
+        root = root_of(sums, None, N, EPS, PLAN)
         for start in range(0, N, BLOCK):
             mask = (row < num_rows) & (start + cols < N)
             total = _total(
                 x_ptr, residual_ptr, branch_scale_ptr, total_scale_ptr, start + cols, mask,
-                BRANCH_SCALE, TOTAL_SCALE, BRANCH, SCALED, SUM, TOTAL,
+                BRANCH_SCALE, TOTAL_SCALE, SUM,
             )  # fmt: skip
             if total_ptr is not None:
                 tl.store(total_ptr + start + cols, total, mask=mask)
-            y = normalised(
-                total, root, weight_ptr, start + cols,
-                N, OFFSET, ROOT, RSTD, FORM, UNIT, WEIGHT, FACTOR, PRODUCT, OUT, False,
-            )  # fmt: skip
+            y = normalised(total, root, weight_ptr, start + cols, N, OFFSET, PLAN, False)
             tl.store(y_ptr + start + cols, y, mask=mask)
-    store_inverse_root(rstd_ptr, root, row, num_rows, ROOT, COMPUTE)
+    store_inverse_root(rstd_ptr, root, row, num_rows, PLAN)
 
 
 def launch(

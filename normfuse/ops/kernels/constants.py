@@ -27,28 +27,32 @@ def norm_constants(
 ) -> dict[str, Any]:
     """The constants of one norm; `suffix` tells two norms of a kernel apart.
 
-    FORM is the type in which x meets its root, UNIT the type of the one cast after it that rounds.
+    PLAN is the rounding plan as `row.step` reads it. In it `form` is the type in which x meets its
+    root, `unit` that of the one cast after it that rounds, `product` that of the weighted value.
     """
     form, last = plan.unit[0], plan.unit[-1]
     narrowing = [b for a, b in pairwise(plan.unit) if torch.promote_types(a, b) != b]
     assert len(narrowing) < 2, f"a plan rounds once before the weight, got '{plan}'"
     weight, factor = plan.weight or (None, None)
     product = None if factor is None else torch.promote_types(last, factor)
-    constants = {
-        "EPS": float(eps),
-        "OFFSET": float(offset),
-        "COMPUTE": NAMES[plan.compute],
-        "MEAN": plan.mean,
-        "ROOT": plan.root,
-        "RSTD": NAMES[plan.rstd],
-        "FORM": NAMES[form],
-        "UNIT": NAMES[narrowing[0] if narrowing else last],
-        "WEIGHT": weight and NAMES[weight],
-        "FACTOR": factor and NAMES[factor],
-        "PRODUCT": product and NAMES[product],
-        "OUT": NAMES[plan.out],
+    steps = {
+        "compute": NAMES[plan.compute],
+        "mean": plan.mean,
+        "root": plan.root,
+        "rstd": NAMES[plan.rstd],
+        "form": NAMES[form],
+        "unit": NAMES[narrowing[0] if narrowing else last],
+        "out": NAMES[plan.out],
     }
+    if weight is not None and factor is not None and product is not None:
+        steps |= {"weight": NAMES[weight], "factor": NAMES[factor], "product": NAMES[product]}
+    constants = {"EPS": float(eps), "OFFSET": float(offset), "PLAN": _text(steps)}
     return {name + suffix: value for name, value in constants.items()}
+
+
+def _text(steps: dict[str, str]) -> str:
+    # In lower case: torch 2.13 takes a constant with a D in it for the mark of an aligned pointer.
+    return " ".join(f"{name}={value}" for name, value in steps.items())
 
 
 class SumTypes(NamedTuple):
@@ -71,10 +75,7 @@ class SumTypes(NamedTuple):
         return {
             "BRANCH_SCALE": None if scales.branch is None else float(scales.branch),
             "TOTAL_SCALE": None if scales.total is None else float(scales.total),
-            "BRANCH": NAMES[self.branch],
-            "SCALED": NAMES[self.scaled],
-            "SUM": NAMES[self.sum],
-            "TOTAL": NAMES[self.total],
+            "SUM": _text({name: NAMES[dtype] for name, dtype in self._asdict().items()}),
         }
 
 

@@ -61,16 +61,7 @@ def rms_norm_kernel(
     BLOCK: tl.constexpr,
     EPS: tl.constexpr,
     OFFSET: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    MEAN: tl.constexpr,
-    ROOT: tl.constexpr,
-    RSTD: tl.constexpr,
-    FORM: tl.constexpr,
-    UNIT: tl.constexpr,
-    WEIGHT: tl.constexpr,
-    FACTOR: tl.constexpr,
-    PRODUCT: tl.constexpr,
-    OUT: tl.constexpr,
+    PLAN: tl.constexpr,
 ):
     row = row_index(ROWS)
     outer = row // size_inner // size_middle
@@ -82,27 +73,24 @@ def rms_norm_kernel(
     if BLOCK >= N:
         mask = (row < num_rows) & (cols < N)
         x = load_held(x_ptr + cols, mask)
-        root = root_of(squares(x, COMPUTE), eps_ptr, N, EPS, COMPUTE, MEAN, ROOT)
+        root = root_of(squares(x, PLAN), eps_ptr, N, EPS, PLAN)
         y = normalised(
             x, root, weight_ptr, cols,
-            N, OFFSET, ROOT, RSTD, FORM, UNIT, WEIGHT, FACTOR, PRODUCT, OUT, False,
+            N, OFFSET, PLAN, False,
         )  # fmt: skip
         tl.store(y_ptr + cols, y, mask=mask)
     else:
-        sums = zero_sums(ROWS, BLOCK, COMPUTE)
+        sums = zero_sums(ROWS, BLOCK, PLAN)
         for start in range(0, N, BLOCK):
             mask = (row < num_rows) & (start + cols < N)
-            sums += squares(load_held(x_ptr + start + cols, mask), COMPUTE)
-        root = root_of(sums, eps_ptr, N, EPS, COMPUTE, MEAN, ROOT)
+            sums += squares(load_held(x_ptr + start + cols, mask), PLAN)
+        root = root_of(sums, eps_ptr, N, EPS, PLAN)
         for start in range(0, N, BLOCK):
             mask = (row < num_rows) & (start + cols < N)
             x = load_held(x_ptr + start + cols, mask)
-            y = normalised(
-                x, root, weight_ptr, start + cols,
-                N, OFFSET, ROOT, RSTD, FORM, UNIT, WEIGHT, FACTOR, PRODUCT, OUT, False,
-            )  # fmt: skip
+            y = normalised(x, root, weight_ptr, start + cols, N, OFFSET, PLAN, False)
             tl.store(y_ptr + start + cols, y, mask=mask)
-    store_inverse_root(rstd_ptr, root, row, num_rows, ROOT, COMPUTE)
+    store_inverse_root(rstd_ptr, root, row, num_rows, PLAN)
 
 
 def launch(

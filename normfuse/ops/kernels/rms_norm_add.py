@@ -65,22 +65,10 @@ def rms_norm_add_kernel(
     BLOCK: tl.constexpr,
     BRANCH_SCALE: tl.constexpr,
     TOTAL_SCALE: tl.constexpr,
-    BRANCH: tl.constexpr,
-    SCALED: tl.constexpr,
     SUM: tl.constexpr,
-    TOTAL: tl.constexpr,
     EPS: tl.constexpr,
     OFFSET: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    MEAN: tl.constexpr,
-    ROOT: tl.constexpr,
-    RSTD: tl.constexpr,
-    FORM: tl.constexpr,
-    UNIT: tl.constexpr,
-    WEIGHT: tl.constexpr,
-    FACTOR: tl.constexpr,
-    PRODUCT: tl.constexpr,
-    OUT: tl.constexpr,
+    PLAN: tl.constexpr,
 ):
     row = row_index(ROWS)
     x_ptr += row * stride_x_row
@@ -90,30 +78,30 @@ def rms_norm_add_kernel(
     if BLOCK >= N:
         mask = (row < num_rows) & (cols < N)
         x = load_held(x_ptr + cols, mask)
-        root = root_of(squares(x, COMPUTE), None, N, EPS, COMPUTE, MEAN, ROOT)
+        root = root_of(squares(x, PLAN), None, N, EPS, PLAN)
         total = normalised_sum(
             x, root, residual_ptr, weight_ptr, branch_scale_ptr, total_scale_ptr, cols, mask,
-            N, BRANCH_SCALE, TOTAL_SCALE, BRANCH, SCALED, SUM, TOTAL,
-            OFFSET, ROOT, RSTD, FORM, UNIT, WEIGHT, FACTOR, PRODUCT, OUT,
+            N, BRANCH_SCALE, TOTAL_SCALE, SUM,
+            OFFSET, PLAN,
         )  # fmt: skip
         tl.store(total_ptr + cols, total, mask=mask)
     else:
-        sums = zero_sums(ROWS, BLOCK, COMPUTE)
+        sums = zero_sums(ROWS, BLOCK, PLAN)
         for start in range(0, N, BLOCK):
             mask = (row < num_rows) & (start + cols < N)
-            sums += squares(load_held(x_ptr + start + cols, mask), COMPUTE)
-        root = root_of(sums, None, N, EPS, COMPUTE, MEAN, ROOT)
+            sums += squares(load_held(x_ptr + start + cols, mask), PLAN)
+        root = root_of(sums, None, N, EPS, PLAN)
         for start in range(0, N, BLOCK):
             mask = (row < num_rows) & (start + cols < N)
             x = load_held(x_ptr + start + cols, mask)
             total = normalised_sum(
                 x, root, residual_ptr, weight_ptr, branch_scale_ptr, total_scale_ptr,
                 start + cols, mask,
-                N, BRANCH_SCALE, TOTAL_SCALE, BRANCH, SCALED, SUM, TOTAL,
-                OFFSET, ROOT, RSTD, FORM, UNIT, WEIGHT, FACTOR, PRODUCT, OUT,
+                N, BRANCH_SCALE, TOTAL_SCALE, SUM,
+                OFFSET, PLAN,
             )  # fmt: skip
             tl.store(total_ptr + start + cols, total, mask=mask)
-    store_inverse_root(rstd_ptr, root, row, num_rows, ROOT, COMPUTE)
+    store_inverse_root(rstd_ptr, root, row, num_rows, PLAN)
 
 
 def launch(

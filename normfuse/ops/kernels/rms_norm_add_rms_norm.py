@@ -72,34 +72,13 @@ def rms_norm_add_rms_norm_kernel(
     BLOCK: tl.constexpr,
     BRANCH_SCALE: tl.constexpr,
     TOTAL_SCALE: tl.constexpr,
-    BRANCH: tl.constexpr,
-    SCALED: tl.constexpr,
     SUM: tl.constexpr,
-    TOTAL: tl.constexpr,
     EPS_1: tl.constexpr,
     OFFSET_1: tl.constexpr,
-    COMPUTE_1: tl.constexpr,
-    MEAN_1: tl.constexpr,
-    ROOT_1: tl.constexpr,
-    RSTD_1: tl.constexpr,
-    FORM_1: tl.constexpr,
-    UNIT_1: tl.constexpr,
-    WEIGHT_1: tl.constexpr,
-    FACTOR_1: tl.constexpr,
-    PRODUCT_1: tl.constexpr,
-    OUT_1: tl.constexpr,
+    PLAN_1: tl.constexpr,
     EPS_2: tl.constexpr,
     OFFSET_2: tl.constexpr,
-    COMPUTE_2: tl.constexpr,
-    MEAN_2: tl.constexpr,
-    ROOT_2: tl.constexpr,
-    RSTD_2: tl.constexpr,
-    FORM_2: tl.constexpr,
-    UNIT_2: tl.constexpr,
-    WEIGHT_2: tl.constexpr,
-    FACTOR_2: tl.constexpr,
-    PRODUCT_2: tl.constexpr,
-    OUT_2: tl.constexpr,
+    PLAN_2: tl.constexpr,
 ):
     row = row_index(ROWS)
     x_ptr += row * stride_x_row
@@ -111,29 +90,25 @@ def rms_norm_add_rms_norm_kernel(
     if BLOCK >= N:
         mask = (row < num_rows) & (all_cols < N)
         x = load_held(x_ptr + all_cols, mask)
-        root_1 = root_of(squares(x, COMPUTE_1), None, N, EPS_1, COMPUTE_1, MEAN_1, ROOT_1)
+        root_1 = root_of(squares(x, PLAN_1), None, N, EPS_1, PLAN_1)
         total = normalised_sum(
             x, root_1, residual_ptr, weight_1_ptr, branch_scale_ptr, total_scale_ptr,
             all_cols, mask,
-            N, BRANCH_SCALE, TOTAL_SCALE, BRANCH, SCALED, SUM, TOTAL, OFFSET_1, ROOT_1, RSTD_1,
-            FORM_1, UNIT_1, WEIGHT_1, FACTOR_1, PRODUCT_1, OUT_1,
+            N, BRANCH_SCALE, TOTAL_SCALE, SUM, OFFSET_1, PLAN_1,
         )  # fmt: skip
         if total_ptr is not None:
             tl.store(total_ptr + all_cols, total, mask=mask)
-        root_2 = root_of(squares(total, COMPUTE_2), None, N, EPS_2, COMPUTE_2, MEAN_2, ROOT_2)
-        y = normalised(
-            total, root_2, weight_2_ptr, all_cols, N, OFFSET_2,
-            ROOT_2, RSTD_2, FORM_2, UNIT_2, WEIGHT_2, FACTOR_2, PRODUCT_2, OUT_2, False,
-        )  # fmt: skip
+        root_2 = root_of(squares(total, PLAN_2), None, N, EPS_2, PLAN_2)
+        y = normalised(total, root_2, weight_2_ptr, all_cols, N, OFFSET_2, PLAN_2, False)
         tl.store(y_ptr + all_cols, y, mask=mask)
     else:
-        sums_1 = zero_sums(ROWS, BLOCK, COMPUTE_1)
+        sums_1 = zero_sums(ROWS, BLOCK, PLAN_1)
         for start in range(0, N, BLOCK):
             cols = start + all_cols
             x = load_held(x_ptr + cols, (row < num_rows) & (cols < N))
-            sums_1 += squares(x, COMPUTE_1)
-        root_1 = root_of(sums_1, None, N, EPS_1, COMPUTE_1, MEAN_1, ROOT_1)
-        sums_2 = zero_sums(ROWS, BLOCK, COMPUTE_2)
+            sums_1 += squares(x, PLAN_1)
+        root_1 = root_of(sums_1, None, N, EPS_1, PLAN_1)
+        sums_2 = zero_sums(ROWS, BLOCK, PLAN_2)
         for start in range(0, N, BLOCK):
             cols = start + all_cols
             mask = (row < num_rows) & (cols < N)
@@ -141,11 +116,10 @@ def rms_norm_add_rms_norm_kernel(
             total = normalised_sum(
                 x, root_1, residual_ptr, weight_1_ptr, branch_scale_ptr, total_scale_ptr,
                 cols, mask,
-                N, BRANCH_SCALE, TOTAL_SCALE, BRANCH, SCALED, SUM, TOTAL, OFFSET_1, ROOT_1, RSTD_1,
-                FORM_1, UNIT_1, WEIGHT_1, FACTOR_1, PRODUCT_1, OUT_1,
+                N, BRANCH_SCALE, TOTAL_SCALE, SUM, OFFSET_1, PLAN_1,
             )  # fmt: skip
-            sums_2 += squares(total, COMPUTE_2)
-        root_2 = root_of(sums_2, None, N, EPS_2, COMPUTE_2, MEAN_2, ROOT_2)
+            sums_2 += squares(total, PLAN_2)
+        root_2 = root_of(sums_2, None, N, EPS_2, PLAN_2)
         for start in range(0, N, BLOCK):
             cols = start + all_cols
             mask = (row < num_rows) & (cols < N)
@@ -153,18 +127,14 @@ def rms_norm_add_rms_norm_kernel(
             total = normalised_sum(
                 x, root_1, residual_ptr, weight_1_ptr, branch_scale_ptr, total_scale_ptr,
                 cols, mask,
-                N, BRANCH_SCALE, TOTAL_SCALE, BRANCH, SCALED, SUM, TOTAL, OFFSET_1, ROOT_1, RSTD_1,
-                FORM_1, UNIT_1, WEIGHT_1, FACTOR_1, PRODUCT_1, OUT_1,
+                N, BRANCH_SCALE, TOTAL_SCALE, SUM, OFFSET_1, PLAN_1,
             )  # fmt: skip
             if total_ptr is not None:
                 tl.store(total_ptr + cols, total, mask=mask)
-            y = normalised(
-                total, root_2, weight_2_ptr, cols, N, OFFSET_2,
-                ROOT_2, RSTD_2, FORM_2, UNIT_2, WEIGHT_2, FACTOR_2, PRODUCT_2, OUT_2, False,
-            )  # fmt: skip
+            y = normalised(total, root_2, weight_2_ptr, cols, N, OFFSET_2, PLAN_2, False)
             tl.store(y_ptr + cols, y, mask=mask)
-    store_inverse_root(rstd_1_ptr, root_1, row, num_rows, ROOT_1, COMPUTE_1)
-    store_inverse_root(rstd_2_ptr, root_2, row, num_rows, ROOT_2, COMPUTE_2)
+    store_inverse_root(rstd_1_ptr, root_1, row, num_rows, PLAN_1)
+    store_inverse_root(rstd_2_ptr, root_2, row, num_rows, PLAN_2)
 
 
 def launch(

@@ -9,6 +9,12 @@ import triton
 import triton.language as tl
 
 
+@triton.constexpr_function
+def step(PLAN, name):
+    """One step of a plan as `constants.py` writes it: step("compute=f32 ...", "compute") is f32."""
+    return dict(item.split("=") for item in PLAN.split())[name]
+
+
 @triton.jit
 def rounded(value, TYPE: tl.constexpr):
     """`value` rounded to TYPE, held in float64 or float32."""
@@ -65,29 +71,25 @@ def row_index(ROWS: tl.constexpr):
 
 
 @triton.jit
-def squares(x, COMPUTE: tl.constexpr):
+def squares(x, PLAN: tl.constexpr):
     """What the statistic sums: the squares of a tile, as `x.to(compute).pow(2)`."""
+    COMPUTE: tl.constexpr = step(PLAN, "compute")
     h = rounded(x, COMPUTE)
     return rounded(h * h, COMPUTE)
 
 
 @triton.jit
-def zero_sums(ROWS: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr):
+def zero_sums(ROWS: tl.constexpr, BLOCK: tl.constexpr, PLAN: tl.constexpr):
     """Sums of squares of a row that is read in chunks, one a lane."""
-    return tl.zeros([ROWS, BLOCK], tl.float64 if COMPUTE == "f64" else tl.float32)
+    return tl.zeros([ROWS, BLOCK], tl.float64 if step(PLAN, "compute") == "f64" else tl.float32)
 
 
 @triton.jit
-def root_of(
-    sums,
-    eps_ptr,
-    N: tl.constexpr,
-    EPS: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    MEAN: tl.constexpr,
-    ROOT: tl.constexpr,
-):
+def root_of(sums, eps_ptr, N: tl.constexpr, EPS: tl.constexpr, PLAN: tl.constexpr):
     """Sums of squares (ROWS, BLOCK) -> the root (ROWS, 1) that multiplies x, or divides it."""
+    COMPUTE: tl.constexpr = step(PLAN, "compute")
+    MEAN: tl.constexpr = step(PLAN, "mean")
+    ROOT: tl.constexpr = step(PLAN, "root")
     total = tl.sum(sums, axis=1, keep_dims=True)
     if MEAN != "mean":
         total = rounded(total, COMPUTE)  # eager's `.sum(-1)`
@@ -111,11 +113,12 @@ def root_of(
 
 
 @triton.jit
-def store_inverse_root(rstd_ptr, root, row, num_rows, ROOT: tl.constexpr, COMPUTE: tl.constexpr):
+def store_inverse_root(rstd_ptr, root, row, num_rows, PLAN: tl.constexpr):
     """Stores 1 / sqrt(mean + eps), one for each row, where someone asked for it."""
     if rstd_ptr is not None:
-        if ROOT == "divide_by_sqrt":
-            root = rounded(divided(1.0, root), COMPUTE)  # `.reciprocal()` of the reference
+        if step(PLAN, "root") == "divide_by_sqrt":
+            # `.reciprocal()` of the reference
+            root = rounded(divided(1.0, root), step(PLAN, "compute"))
         tl.store(rstd_ptr + row, root, mask=row < num_rows)
 
 
@@ -127,31 +130,30 @@ def normalised(
     cols,
     N: tl.constexpr,
     OFFSET: tl.constexpr,
-    ROOT: tl.constexpr,
-    RSTD: tl.constexpr,
-    FORM: tl.constexpr,
-    UNIT: tl.constexpr,
-    WEIGHT: tl.constexpr,
-    FACTOR: tl.constexpr,
-    PRODUCT: tl.constexpr,
-    OUT: tl.constexpr,
+    PLAN: tl.constexpr,
     IS_ADDED: tl.constexpr,
 ):
     """A tile of x times its root, times weight + offset, with the roundings of one plan."""
+    FORM: tl.constexpr = step(PLAN, "form")
+    ROOT: tl.constexpr = step(PLAN, "root")
     x = rounded(x, FORM)
-    root = rounded(rounded(root, RSTD), FORM)  # eager's cast of the root before it meets x
+    root = rounded(
+        rounded(root, step(PLAN, "rstd")), FORM
+    )  # eager's cast of the root before it meets x
     if ROOT == "divide_by_sqrt":
         unit = rounded(divided(x, root), FORM)
     else:
         unit = multiplied(x, root, FORM, IS_ADDED)
-    unit = rounded(unit, UNIT)  # eager's `.to(input_dtype)` before the weight
+    unit = rounded(unit, step(PLAN, "unit"))  # eager's `.to(input_dtype)` before the weight
     if weight_ptr is not None:
+        WEIGHT: tl.constexpr = step(PLAN, "weight")
+        PRODUCT: tl.constexpr = step(PLAN, "product")
         factor = rounded(load_held(weight_ptr + cols, cols < N), WEIGHT)  # eager's `weight.float()`
         if OFFSET != 0.0:
             factor = rounded(factor + OFFSET, WEIGHT)  # eager's `1.0 + weight`
-        factor = rounded(rounded(factor, FACTOR), PRODUCT)
+        factor = rounded(rounded(factor, step(PLAN, "factor")), PRODUCT)
         unit = multiplied(rounded(unit, PRODUCT), factor, PRODUCT, IS_ADDED)  # eager's product
-    return rounded(unit, OUT)  # eager's cast of the result
+    return rounded(unit, step(PLAN, "out"))  # eager's cast of the result
 
 
 @triton.jit
@@ -181,15 +183,15 @@ def residual_sum(
     total_scale_ptr,
     BRANCH_SCALE: tl.constexpr,
     TOTAL_SCALE: tl.constexpr,
-    BRANCH: tl.constexpr,
-    SCALED: tl.constexpr,
     SUM: tl.constexpr,
-    TOTAL: tl.constexpr,
 ):
     """(residual + branch * branch_scale) * total_scale; each step rounds to the promoted type."""
-    branch = scaled(branch, branch_scale_ptr, BRANCH_SCALE, BRANCH, SCALED, True)
-    total = rounded(rounded(residual, SUM) + rounded(branch, SUM), SUM)  # eager's add
-    return scaled(total, total_scale_ptr, TOTAL_SCALE, SUM, TOTAL, False)
+    TYPE: tl.constexpr = step(SUM, "sum")
+    branch = scaled(
+        branch, branch_scale_ptr, BRANCH_SCALE, step(SUM, "branch"), step(SUM, "scaled"), True
+    )
+    total = rounded(rounded(residual, TYPE) + rounded(branch, TYPE), TYPE)  # eager's add
+    return scaled(total, total_scale_ptr, TOTAL_SCALE, TYPE, step(SUM, "total"), False)
 
 
 @triton.jit
@@ -205,27 +207,13 @@ def normalised_sum(
     N: tl.constexpr,
     BRANCH_SCALE: tl.constexpr,
     TOTAL_SCALE: tl.constexpr,
-    BRANCH: tl.constexpr,
-    SCALED: tl.constexpr,
     SUM: tl.constexpr,
-    TOTAL: tl.constexpr,
     OFFSET: tl.constexpr,
-    ROOT: tl.constexpr,
-    RSTD: tl.constexpr,
-    FORM: tl.constexpr,
-    UNIT: tl.constexpr,
-    WEIGHT: tl.constexpr,
-    FACTOR: tl.constexpr,
-    PRODUCT: tl.constexpr,
-    OUT: tl.constexpr,
+    PLAN: tl.constexpr,
 ):
     """(residual + norm(x) * branch_scale) * total_scale of a tile of x, the residual read here."""
     residual = load_held(residual_ptr + cols, mask)
-    branch = normalised(
-        x, root, weight_ptr, cols,
-        N, OFFSET, ROOT, RSTD, FORM, UNIT, WEIGHT, FACTOR, PRODUCT, OUT, True,
-    )  # fmt: skip
+    branch = normalised(x, root, weight_ptr, cols, N, OFFSET, PLAN, True)
     return residual_sum(
-        branch, residual, branch_scale_ptr, total_scale_ptr,
-        BRANCH_SCALE, TOTAL_SCALE, BRANCH, SCALED, SUM, TOTAL,
-    )  # fmt: skip
+        branch, residual, branch_scale_ptr, total_scale_ptr, BRANCH_SCALE, TOTAL_SCALE, SUM
+    )
