@@ -7,10 +7,13 @@ from normfuse.backend import options
 from normfuse.explain import assert_fused, explain
 from normfuse.ops import (
     AddRMSNorm,
+    QKRMSNorm,
     RMSNormAddRMSNorm,
     RoundingPlan,
     add_rms_norm,
     l2_norm,
+    qk_rms_norm,
+    qk_rms_norm_rope,
     rms_norm,
     rms_norm_add,
     rms_norm_add_rms_norm,
@@ -24,6 +27,7 @@ except PackageNotFoundError:  # a source tree that was never installed
 
 __all__ = [
     "AddRMSNorm",
+    "QKRMSNorm",
     "RMSNormAddRMSNorm",
     "Report",
     "RoundingPlan",
@@ -33,6 +37,8 @@ __all__ = [
     "explain",
     "l2_norm",
     "options",
+    "qk_rms_norm",
+    "qk_rms_norm_rope",
     "rms_norm",
     "rms_norm_add",
     "rms_norm_add_rms_norm",

@@ -2,6 +2,8 @@
 
 from normfuse.ops.add_rms_norm import ADD_RMS_NORM, AddRMSNorm, add_rms_norm
 from normfuse.ops.l2_norm import L2_NORM, l2_norm
+from normfuse.ops.qk_rms_norm import QK_RMS_NORM, QKRMSNorm, qk_rms_norm
+from normfuse.ops.qk_rms_norm_rope import QK_RMS_NORM_ROPE, qk_rms_norm_rope
 from normfuse.ops.rms_norm import RMS_NORM, rms_norm
 from normfuse.ops.rms_norm_add import RMS_NORM_ADD, rms_norm_add
 from normfuse.ops.rms_norm_add_rms_norm import (
@@ -9,19 +11,26 @@ from normfuse.ops.rms_norm_add_rms_norm import (
     RMSNormAddRMSNorm,
     rms_norm_add_rms_norm,
 )
+from normfuse.ops.rotation import Rotation
 from normfuse.ops.rounding import RoundingPlan
 
 __all__ = [
     "ADD_RMS_NORM",
     "L2_NORM",
+    "QK_RMS_NORM",
+    "QK_RMS_NORM_ROPE",
     "RMS_NORM",
     "RMS_NORM_ADD",
     "RMS_NORM_ADD_RMS_NORM",
     "AddRMSNorm",
+    "QKRMSNorm",
     "RMSNormAddRMSNorm",
+    "Rotation",
     "RoundingPlan",
     "add_rms_norm",
     "l2_norm",
+    "qk_rms_norm",
+    "qk_rms_norm_rope",
     "rms_norm",
     "rms_norm_add",
     "rms_norm_add_rms_norm",

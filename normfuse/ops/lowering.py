@@ -7,9 +7,17 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from normfuse.ops.add_rms_norm import ADD_RMS_NORM, add_rms_norm_reference
 from normfuse.ops.l2_norm import L2_NORM, l2_norm_reference
+from normfuse.ops.qk_rms_norm import (
+    QK_RMS_NORM,
+    by_plan,
+    obstacle_to_one_launch,
+    qk_rms_norm_reference,
+)
+from normfuse.ops.qk_rms_norm_rope import QK_RMS_NORM_ROPE, qk_rms_norm_rope_reference
 from normfuse.ops.residual_sum import Scales
 from normfuse.ops.rms_norm import RMS_NORM, rms_norm_reference
 from normfuse.ops.rms_norm_add import RMS_NORM_ADD, rms_norm_add_reference
@@ -17,6 +25,7 @@ from normfuse.ops.rms_norm_add_rms_norm import (
     RMS_NORM_ADD_RMS_NORM,
     rms_norm_add_rms_norm_reference,
 )
+from normfuse.ops.rotation import Rotation
 from normfuse.ops.rounding import RoundingPlan
 
 _REFERENCES: dict[Any, Callable[..., Any]] = {
@@ -25,6 +34,8 @@ _REFERENCES: dict[Any, Callable[..., Any]] = {
     ADD_RMS_NORM: add_rms_norm_reference,
     RMS_NORM_ADD: rms_norm_add_reference,
     RMS_NORM_ADD_RMS_NORM: rms_norm_add_rms_norm_reference,
+    QK_RMS_NORM: qk_rms_norm_reference,
+    QK_RMS_NORM_ROPE: qk_rms_norm_rope_reference,
 }
 
 
@@ -56,9 +67,13 @@ def obstacle_to_kernel(op: Any, arguments: tuple[Any, ...]) -> str | None:
         return (
             "the width of the normalised axis is symbolic, and the kernel is compiled for one width"
         )
-    for value in arguments:
+    for value in tree_leaves(arguments):
         if isinstance(value, torch.SymFloat):
             return "eps or a scale is symbolic, and the kernel is compiled for its value"
+    if op in (QK_RMS_NORM, QK_RMS_NORM_ROPE):
+        obstacle = obstacle_to_one_launch(activations)
+        if obstacle is not None:
+            return obstacle
     return None if find_spec("triton") else "triton is not installed"
 
 
@@ -137,10 +152,30 @@ def _launch_rms_norm_add_rms_norm(wrap: Any, used: tuple[bool, ...], *arguments:
     )
 
 
+def _launch_qk_rms_norm(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
+    from normfuse.ops.kernels.qk_rms_norm import launch
+
+    xs, weights, eps, offsets, plans = arguments
+    steps = [RoundingPlan.parse(plan) for plan in plans]
+    return launch(xs, by_plan(weights, plans), eps, offsets, steps, stores=used, wrap=wrap)
+
+
+def _launch_qk_rms_norm_rope(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
+    from normfuse.ops.kernels.qk_rms_norm_rope import launch
+
+    xs, weights, cos, sin, eps, offsets, plans, rotations = arguments
+    steps = [RoundingPlan.parse(plan) for plan in plans]
+    turns = [Rotation.parse(rotation) for rotation in rotations]
+    norms = by_plan(weights, plans), cos, sin, eps, offsets, steps, turns
+    return launch(xs, *norms, stores=used, wrap=wrap)
+
+
 _LAUNCHES: dict[Any, Callable[..., Any]] = {
     RMS_NORM: _launch_rms_norm,
     L2_NORM: _launch_l2_norm,
     ADD_RMS_NORM: _launch_add_rms_norm,
     RMS_NORM_ADD: _launch_rms_norm_add,
     RMS_NORM_ADD_RMS_NORM: _launch_rms_norm_add_rms_norm,
+    QK_RMS_NORM: _launch_qk_rms_norm,
+    QK_RMS_NORM_ROPE: _launch_qk_rms_norm_rope,
 }

@@ -14,19 +14,19 @@ from functools import cache
 
 import torch
 
-_SHORT = {
+SHORT = {
     torch.float64: "f64",
     torch.float32: "f32",
     torch.float16: "f16",
     torch.bfloat16: "bf16",
 }
-_DTYPE = {short: dtype for dtype, short in _SHORT.items()}
+DTYPES = {short: dtype for dtype, short in SHORT.items()}
 
 MEANS = ("mean", "sum_divided", "sum_scaled")
 L2 = "sum"  # undivided: the statistic of an L2 norm
 ROOTS = ("rsqrt", "pow", "reciprocal_sqrt", "divide_by_sqrt")
 
-FLOATS = tuple(_SHORT)
+FLOATS = tuple(SHORT)
 
 
 def is_exact_cast(source: torch.dtype, target: torch.dtype) -> bool:
@@ -68,8 +68,8 @@ class RoundingPlan:
 
     def __post_init__(self) -> None:
         for dtype in (self.compute, self.rstd, *self.unit, *(self.weight or ()), self.out):
-            if dtype not in _SHORT:
-                names = ", ".join(str(d) for d in _SHORT)
+            if dtype not in SHORT:
+                names = ", ".join(str(d) for d in SHORT)
                 raise TypeError(f"a rounding plan holds floating types ({names}), got {dtype}")
         if self.mean not in (*MEANS, L2) or self.root not in ROOTS:
             raise ValueError(
@@ -109,17 +109,17 @@ class RoundingPlan:
 
     def __str__(self) -> str:
         """The form that ops carry, defaults left out: `f32 unit=f32>bf16 weight=bf16 out=bf16`."""
-        words = [_SHORT[self.compute]]
+        words = [SHORT[self.compute]]
         if self.mean != "mean":
             words.append(self.mean)
         if self.root != "rsqrt":
             words.append(self.root)
         if self.rstd != self.compute:
-            words.append("rstd=" + _SHORT[self.rstd])
-        words.append("unit=" + ">".join(_SHORT[dtype] for dtype in self.unit))
+            words.append("rstd=" + SHORT[self.rstd])
+        words.append("unit=" + ">".join(SHORT[dtype] for dtype in self.unit))
         if self.weight is not None:
-            words.append("weight=" + ">".join(_SHORT[d] for d in _without_repeats(self.weight)))
-        words.append("out=" + _SHORT[self.out])
+            words.append("weight=" + ">".join(SHORT[d] for d in _without_repeats(self.weight)))
+        words.append("out=" + SHORT[self.out])
         return " ".join(words)
 
     @staticmethod
@@ -134,7 +134,7 @@ def _without_repeats(dtypes: tuple[torch.dtype, ...]) -> tuple[torch.dtype, ...]
 
 @cache
 def _parse(text: str) -> RoundingPlan:
-    short = "|".join(_DTYPE)
+    short = "|".join(DTYPES)
     chain = rf"(?:{short})(?:>(?:{short}))*"
     match = re.fullmatch(
         rf"(?P<compute>{short})(?: (?P<mean>{'|'.join((*MEANS, L2))}))?"
@@ -149,13 +149,13 @@ def _parse(text: str) -> RoundingPlan:
             "write it with str(RoundingPlan(...))"
         )
     words = match.groupdict()
-    weight = words["weight"] and tuple(_DTYPE[name] for name in words["weight"].split(">"))
+    weight = words["weight"] and tuple(DTYPES[name] for name in words["weight"].split(">"))
     return RoundingPlan(
-        compute=_DTYPE[words["compute"]],
+        compute=DTYPES[words["compute"]],
         mean=words["mean"] or "mean",
         root=words["root"] or "rsqrt",
-        rstd=_DTYPE[words["rstd"] or words["compute"]],
-        unit=tuple(_DTYPE[name] for name in words["unit"].split(">")),
+        rstd=DTYPES[words["rstd"] or words["compute"]],
+        unit=tuple(DTYPES[name] for name in words["unit"].split(">")),
         weight=(weight[0], weight[-1]) if weight else None,
-        out=_DTYPE[words["out"]],
+        out=DTYPES[words["out"]],
     )

@@ -81,3 +81,24 @@ def check_eps(name: str, eps: float | torch.Tensor) -> None:
         raise TypeError(f"{name} must be a number, got {type(eps).__name__}: pass a float")
     if not eps >= 0:
         raise ValueError(f"{name} must be at least 0, got {eps}: pass the eps of the model's norm")
+
+
+def check_table(name: str, table: torch.Tensor, of: str, x: torch.Tensor, dim: int) -> None:
+    """`table` must hold the angles of `dim` columns of `x`, named `of`, and broadcast against it"""
+    check_activation(name, table)
+    if not 2 <= dim <= x.shape[-1] or dim % 2:
+        raise ValueError(
+            f"rotary_dim must be even, from 2 to the last dimension of {of}, {x.shape[-1]}, got "
+            f"{dim}: pass how many columns turn"
+        )
+    if table.shape[-1] not in (dim, dim // 2) or not _broadcasts(table.shape[:-1], x.shape[:-1]):
+        raise ValueError(
+            f"{name} must broadcast against {of} {tuple(x.shape)} with {dim} or {dim // 2} "
+            f"columns, got {tuple(table.shape)}: unsqueeze the axis of the heads"
+        )
+    check_device(name, table, x)
+
+
+def _broadcasts(shape: torch.Size, target: torch.Size) -> bool:
+    pairs = zip(reversed(shape), reversed(target), strict=False)
+    return len(shape) <= len(target) and all(a in (1, b) for a, b in pairs)

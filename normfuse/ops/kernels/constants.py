@@ -46,11 +46,12 @@ def norm_constants(
     }
     if weight is not None and factor is not None and product is not None:
         steps |= {"weight": NAMES[weight], "factor": NAMES[factor], "product": NAMES[product]}
-    constants = {"EPS": float(eps), "OFFSET": float(offset), "PLAN": _text(steps)}
+    constants = {"EPS": float(eps), "OFFSET": float(offset), "PLAN": text(steps)}
     return {name + suffix: value for name, value in constants.items()}
 
 
-def _text(steps: dict[str, str]) -> str:
+def text(steps: dict[str, str]) -> str:
+    """Named steps as one constant, which `row.step` reads."""
     # In lower case: torch 2.13 takes a constant with a D in it for the mark of an aligned pointer.
     return " ".join(f"{name}={value}" for name, value in steps.items())
 
@@ -75,7 +76,7 @@ class SumTypes(NamedTuple):
         return {
             "BRANCH_SCALE": None if scales.branch is None else float(scales.branch),
             "TOTAL_SCALE": None if scales.total is None else float(scales.total),
-            "SUM": _text({name: NAMES[dtype] for name, dtype in self._asdict().items()}),
+            "SUM": text({name: NAMES[dtype] for name, dtype in self._asdict().items()}),
         }
 
 

@@ -108,6 +108,51 @@ def addressed(
     return x, RowStrides(middle, inner, outer, stride_middle, stride_inner)
 
 
+class SharedRowStrides(NamedTuple):
+    """Where row r of a tensor begins, and the row of a table that belongs to it."""
+
+    size_middle: int
+    size_inner: int
+    stride_outer: int
+    stride_middle: int
+    stride_inner: int
+    table_outer: int
+    table_middle: int
+    table_inner: int
+
+
+def addressed_with(
+    x: torch.Tensor, table: torch.Tensor | None, order: tuple[int, ...], result: torch.Tensor
+) -> tuple[torch.Tensor, SharedRowStrides]:
+    """`x` of at most 4 dimensions and where its rows begin, also in a table that broadcasts to it.
+
+    x is copied, laid out as `result`, where its elements do not lie side by side.
+    """
+    if not _has_unit_stride(x):
+        x = torch.empty_like(result, dtype=x.dtype).copy_(x)
+    steps = [0] * x.dim() if table is None else _broadcast_strides(table, x.dim())
+    merged: list[tuple[Any, Any, Any]] = []
+    for dim in order:
+        size, stride, step = x.shape[dim], x.stride(dim), steps[dim]
+        if merged and known(merged[-1][1] == size * stride) and known(merged[-1][2] == size * step):
+            merged[-1] = (merged[-1][0] * size, stride, step)
+        else:
+            merged.append((size, stride, step))
+    assert len(merged) <= 3, f"rows of {x.dim()} dimensions have no single stride"
+    pieces = [*merged, *[(1, 0, 0)] * 3][:3]
+    sizes, strides, table_strides = zip(*pieces, strict=True)
+    return x, SharedRowStrides(*sizes[1:], *strides, *table_strides)
+
+
+def _broadcast_strides(table: torch.Tensor, rank: int) -> list[Any]:
+    """The strides of a table, 0 where it serves a whole axis of a tensor of that rank."""
+    strides = [
+        0 if known(size == 1) else stride
+        for size, stride in zip(table.shape, table.stride(), strict=True)
+    ]
+    return [0] * (rank - table.dim()) + strides
+
+
 def addressed_by_one_stride(
     x: torch.Tensor, order: tuple[int, ...], result: torch.Tensor
 ) -> tuple[torch.Tensor, int]:

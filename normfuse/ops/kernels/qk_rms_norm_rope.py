@@ -1,0 +1,260 @@
+"""Per-head RMSNorm of queries and keys, then rotary embedding, over rows; one launch for all.
+
+    rstd = 1 / sqrt(mean(x^2) + eps)
+    n    = x * rstd * (weight + offset)
+    y_a  = n_a * cos_a - n_b * sin_a        for every pair (a, b) of columns that turn
+    y_b  = n_b * cos_b + n_a * sin_b
+    y_c  = n_c                              for the others
+
+Backward: the pairs of grad_y turn back,
+
+    g_a = grad_a * cos_a + grad_b * sin_b
+    g_b = grad_b * cos_b - grad_a * sin_a
+
+and then as for RMSNorm, with unit = x * rstd and h = g * (weight + offset):
+
+    grad_x      = rstd * (h - unit * mean(h * unit))
+    grad_weight = sum over rows of g * unit
+
+The columns of a row that turn are held as two tiles, of the a and of the b of all pairs, so that no
+lane needs its neighbour's value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+
+from normfuse.ops.kernels.row import (
+    load_held,
+    multiplied,
+    normalised,
+    root_of,
+    rounded,
+    squares,
+    step,
+    store_inverse_root,
+)
+from normfuse.ops.kernels.rows import is_empty
+from normfuse.ops.kernels.slots import (
+    NO_SLOT,
+    SLOTS,
+    Slot,
+    Tables,
+    equally_laid_out,
+    num_warps,
+    tile_elements,
+)
+from normfuse.ops.kernels.tile import device_of, eager
+
+if TYPE_CHECKING:
+    from normfuse.ops.rotation import Rotation
+    from normfuse.ops.rounding import RoundingPlan
+
+
+@triton.jit
+def _turned(left, cos, right, sin, SIGN: tl.constexpr, TURN: tl.constexpr):
+    """left * cos + SIGN * right * sin, each step rounded to the promoted type."""
+    TYPE: tl.constexpr = step(TURN, "product")
+    first = multiplied(rounded(left, TYPE), rounded(cos, TYPE), TYPE, True)
+    second = multiplied(rounded(SIGN * right, TYPE), rounded(sin, TYPE), TYPE, True)
+    return rounded(rounded(first + second, TYPE), step(TURN, "out"))
+
+
+@triton.jit
+def _store_turned(
+    first, second, cols_a, cols_b, pair, y_ptr, cos_ptr, sin_ptr, stride_table, mask,
+    DIM: tl.constexpr, COLS: tl.constexpr, START: tl.constexpr, TURN: tl.constexpr,
+):  # fmt: skip
+    """Stores both halves of a tile of pairs; a table of DIM columns holds an angle for each."""
+    first, second = rounded(first, step(TURN, "in")), rounded(second, step(TURN, "in"))
+    at_a = pair if COLS != DIM else cols_a - START
+    cos_a = load_held(cos_ptr + at_a * stride_table, mask)
+    sin_a = load_held(sin_ptr + at_a * stride_table, mask)
+    cos_b, sin_b = cos_a, sin_a
+    if COLS == DIM:
+        cos_b = load_held(cos_ptr + (cols_b - START) * stride_table, mask)
+        sin_b = load_held(sin_ptr + (cols_b - START) * stride_table, mask)
+    tl.store(y_ptr + cols_a, _turned(first, cos_a, second, sin_a, -1.0, TURN), mask=mask)
+    tl.store(y_ptr + cols_b, _turned(second, cos_b, first, sin_b, 1.0, TURN), mask=mask)
+
+
+@triton.jit
+def _rows(
+    tile, x_ptr, weight_ptr, cos_ptr, sin_ptr, y_ptr, rstd_ptr,
+    num_rows, size_middle, size_inner,
+    stride_x_outer, stride_x_middle, stride_x_inner,
+    stride_table_outer, stride_table_middle, stride_table_inner, stride_table,
+    N: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, COLS: tl.constexpr,
+    START: tl.constexpr, PAIRS: tl.constexpr, OTHERS: tl.constexpr, TURN: tl.constexpr,
+    EPS: tl.constexpr, OFFSET: tl.constexpr, PLAN: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows of one tensor. DIM columns from START on turn; PAIRS and OTHERS are tile widths."""
+    row = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    is_row = row < num_rows
+    outer = row // size_inner // size_middle
+    middle = row // size_inner % size_middle
+    inner = row % size_inner
+    x_ptr += outer * stride_x_outer + middle * stride_x_middle + inner * stride_x_inner
+    y_ptr += row * N
+    total = tl.zeros([ROWS, 1], tl.float64 if step(PLAN, "compute") == "f64" else tl.float32)
+    if DIM > 0:
+        pair = tl.arange(0, PAIRS)[None, :]
+        is_half: tl.constexpr = step(TURN, "layout") == "half"
+        cols_a = START + (pair if is_half else 2 * pair)
+        cols_b = cols_a + (DIM // 2 if is_half else 1)
+        turns = is_row & (pair < DIM // 2)
+        a = load_held(x_ptr + cols_a, turns)
+        b = load_held(x_ptr + cols_b, turns)
+        total += tl.sum(squares(a, PLAN) + squares(b, PLAN), axis=1, keep_dims=True)
+    if DIM < N:
+        other = tl.arange(0, OTHERS)[None, :]
+        cols = tl.where(other < START, other, other + DIM)
+        passes = is_row & (cols < N)
+        x = load_held(x_ptr + cols, passes)
+        total += tl.sum(squares(x, PLAN), axis=1, keep_dims=True)
+    root = root_of(total, None, N, EPS, PLAN)
+    if DIM > 0:
+        table = outer * stride_table_outer + middle * stride_table_middle
+        table += inner * stride_table_inner
+        first = normalised(a, root, weight_ptr, cols_a, N, OFFSET, PLAN, False)
+        second = normalised(b, root, weight_ptr, cols_b, N, OFFSET, PLAN, False)
+        _store_turned(
+            first, second, cols_a, cols_b, pair, y_ptr, cos_ptr + table, sin_ptr + table,
+            stride_table, turns, DIM, COLS, START, TURN,
+        )  # fmt: skip
+    if DIM < N:
+        y = normalised(x, root, weight_ptr, cols, N, OFFSET, PLAN, False)
+        tl.store(y_ptr + cols, y, mask=passes)
+    store_inverse_root(rstd_ptr, root, row, num_rows, PLAN)
+
+
+@triton.jit
+def qk_rms_norm_rope_kernel(
+    cos_ptr, sin_ptr, stride_table,
+    x_1_ptr, weight_1_ptr, y_1_ptr, rstd_1_ptr, num_rows_1, size_middle_1, size_inner_1,
+    stride_x_outer_1, stride_x_middle_1, stride_x_inner_1,
+    stride_table_outer_1, stride_table_middle_1, stride_table_inner_1,
+    x_2_ptr, weight_2_ptr, y_2_ptr, rstd_2_ptr, num_rows_2, size_middle_2, size_inner_2,
+    stride_x_outer_2, stride_x_middle_2, stride_x_inner_2,
+    stride_table_outer_2, stride_table_middle_2, stride_table_inner_2,
+    x_3_ptr, weight_3_ptr, y_3_ptr, rstd_3_ptr, num_rows_3, size_middle_3, size_inner_3,
+    stride_x_outer_3, stride_x_middle_3, stride_x_inner_3,
+    stride_table_outer_3, stride_table_middle_3, stride_table_inner_3,
+    COLS: tl.constexpr,
+    N_1: tl.constexpr, ROWS_1: tl.constexpr, DIM_1: tl.constexpr, START_1: tl.constexpr,
+    PAIRS_1: tl.constexpr, OTHERS_1: tl.constexpr, TURN_1: tl.constexpr,
+    EPS_1: tl.constexpr, OFFSET_1: tl.constexpr, PLAN_1: tl.constexpr,
+    N_2: tl.constexpr, ROWS_2: tl.constexpr, DIM_2: tl.constexpr, START_2: tl.constexpr,
+    PAIRS_2: tl.constexpr, OTHERS_2: tl.constexpr, TURN_2: tl.constexpr,
+    EPS_2: tl.constexpr, OFFSET_2: tl.constexpr, PLAN_2: tl.constexpr,
+    N_3: tl.constexpr, ROWS_3: tl.constexpr, DIM_3: tl.constexpr, START_3: tl.constexpr,
+    PAIRS_3: tl.constexpr, OTHERS_3: tl.constexpr, TURN_3: tl.constexpr,
+    EPS_3: tl.constexpr, OFFSET_3: tl.constexpr, PLAN_3: tl.constexpr,
+):  # fmt: skip
+    """The first programs take the rows of the first tensor, the next those of the second."""
+    tile = tl.program_id(0)
+    end_1 = tl.cdiv(num_rows_1, ROWS_1)
+    end_2 = end_1 + tl.cdiv(num_rows_2, ROWS_2)
+    if tile < end_1:
+        _rows(
+            tile, x_1_ptr, weight_1_ptr, cos_ptr, sin_ptr, y_1_ptr, rstd_1_ptr,
+            num_rows_1, size_middle_1, size_inner_1,
+            stride_x_outer_1, stride_x_middle_1, stride_x_inner_1,
+            stride_table_outer_1, stride_table_middle_1, stride_table_inner_1, stride_table,
+            N_1, ROWS_1, DIM_1, COLS, START_1, PAIRS_1, OTHERS_1, TURN_1,
+            EPS_1, OFFSET_1, PLAN_1,
+        )  # fmt: skip
+    if N_2 > 0:  # noqa: SIM102 - a constant: what it guards is not compiled for an empty slot
+        if (tile >= end_1) & (tile < end_2):
+            _rows(
+                tile - end_1, x_2_ptr, weight_2_ptr, cos_ptr, sin_ptr, y_2_ptr, rstd_2_ptr,
+                num_rows_2, size_middle_2, size_inner_2,
+                stride_x_outer_2, stride_x_middle_2, stride_x_inner_2,
+                stride_table_outer_2, stride_table_middle_2, stride_table_inner_2, stride_table,
+                N_2, ROWS_2, DIM_2, COLS, START_2, PAIRS_2, OTHERS_2, TURN_2,
+                EPS_2, OFFSET_2, PLAN_2,
+            )  # fmt: skip
+    if N_3 > 0:  # noqa: SIM102
+        if tile >= end_2:
+            _rows(
+                tile - end_2, x_3_ptr, weight_3_ptr, cos_ptr, sin_ptr, y_3_ptr, rstd_3_ptr,
+                num_rows_3, size_middle_3, size_inner_3,
+                stride_x_outer_3, stride_x_middle_3, stride_x_inner_3,
+                stride_table_outer_3, stride_table_middle_3, stride_table_inner_3, stride_table,
+                N_3, ROWS_3, DIM_3, COLS, START_3, PAIRS_3, OTHERS_3, TURN_3,
+                EPS_3, OFFSET_3, PLAN_3,
+            )  # fmt: skip
+
+
+def launch(
+    xs: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor | None],
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    eps: Sequence[float],
+    offsets: Sequence[float],
+    plans: Sequence[RoundingPlan],
+    rotations: Sequence[Rotation | None],
+    *,
+    stores: Sequence[bool] | None = None,
+    wrap: Callable[[Any], Any] = eager,
+) -> list[torch.Tensor | None]:
+    """n <= 3 tensors (..., N_i), their weights (N_i,) or None -> their results, and their n rstd.
+
+    Args:
+        xs: rows of any strides, of up to 4 dimensions, that fit a program whole.
+        weights: any of the four floating types.
+        cos: broadcasts against every x that turns; None if none does.
+        sin: the same.
+        eps: added to the means of the squares.
+        offsets: added to the weights.
+        plans: where the norms round.
+        rotations: how the norms turn, None where one does not.
+        stores: for each of the 2 n results, whether it is wanted; else it is None. Every norm that
+            has an rstd wanted is computed.
+        wrap: how a compiler sees the launch; `torch.library.wrap_triton`.
+    """
+    num = len(xs)
+    assert 1 <= num <= SLOTS, f"one launch takes up to {SLOTS} tensors, got {num}"
+    stores = stores or [True] * (2 * num)
+    tables = None if cos is None or sin is None else equally_laid_out(cos, sin)
+    elements = tile_elements(xs, rotations)
+    slots = [
+        Slot.of(x, weight, tables, tuple(norm), rotation, elements=elements, store_rstd=store)
+        for x, weight, *norm, rotation, store in zip(
+            xs, weights, eps, offsets, plans, rotations, stores[num:], strict=True
+        )
+    ]
+    filled = [slot for x, slot in zip(xs, slots, strict=True) if not is_empty(x)]
+    if filled:
+        _launch(filled, tables, elements, xs[0], wrap)
+    return [slot.finished() for slot in slots] + [slot.rstd for slot in slots]
+
+
+def _launch(
+    slots: list[Slot],
+    tables: Tables | None,
+    elements: int,
+    x: torch.Tensor,
+    wrap: Callable[[Any], Any],
+) -> None:
+    cos, sin = tables or (None, None)
+    padded = slots + [NO_SLOT] * (SLOTS - len(slots))
+    constants: dict[str, Any] = {"COLS": 0 if cos is None else cos.shape[-1]}
+    for number, slot in enumerate(padded, start=1):
+        constants |= {f"{name}_{number}": value for name, value in slot.constants.items()}
+    is_double = any("f64" in slot.constants["PLAN"] for slot in slots)
+    with device_of(x, wrap):
+        wrap(qk_rms_norm_rope_kernel)[(sum(slot.num_tiles for slot in slots),)](
+            cos,
+            sin,
+            1 if cos is None else cos.stride(-1),
+            *(argument for slot in padded for argument in slot.arguments),
+            **constants,
+            num_warps=num_warps(elements, is_double),
+        )

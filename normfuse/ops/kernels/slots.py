@@ -1,0 +1,159 @@
+"""Several tensors in one launch: each has a slot, a run of programs with its own rows and plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+
+from normfuse.ops.kernels.constants import NAMES, norm_constants, text
+from normfuse.ops.kernels.rows import addressed_with, as_vector, num_rows, row_order
+from normfuse.ops.kernels.tile import MAX_THREADS, WARP_SIZE
+
+if TYPE_CHECKING:
+    from normfuse.ops.rotation import Rotation
+    from normfuse.ops.rounding import RoundingPlan
+
+SLOTS = 3
+ELEMENTS = 2048  # of a program's tile, where its rows are no wider
+
+Tables = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor of a launch: its arguments and constants, in the kernel's order.
+
+    Attributes:
+        y: the result.
+        rows: y itself, or rows in order that are copied into it where y's do not lie in order.
+        rstd: (..., 1), or None if nobody wants it.
+        arguments: pointers, sizes and strides.
+        constants: without the slot's number.
+        num_tiles: how many programs it takes.
+    """
+
+    y: torch.Tensor | None
+    rows: torch.Tensor | None
+    rstd: torch.Tensor | None
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    num_tiles: Any
+
+    @classmethod
+    def of(
+        cls,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        tables: Tables | None,
+        norm: tuple[float, float, RoundingPlan],
+        rotation: Rotation | None,
+        *,
+        elements: int,
+        store_rstd: bool,
+    ) -> Slot:
+        """The slot of x (..., N); `norm` is (eps, offset, plan), `elements` the size of a tile."""
+        eps, offset, plan = norm
+        is_contiguous = rotation is not None and rotation.is_contiguous
+        layout = torch.contiguous_format if is_contiguous else torch.preserve_format
+        out = plan.out if rotation is None else rotation.out
+        y = torch.empty_like(x, dtype=out, memory_format=layout)
+        rstd = x.new_empty((*x.shape[:-1], 1), dtype=plan.compute) if store_rstd else None
+        rows = y
+        order = row_order(y, rstd)
+        if order is None:
+            rows = torch.empty_like(x, dtype=out, memory_format=torch.contiguous_format)
+            order = row_order(rows)
+            assert order is not None
+        table = tables[0] if tables is not None and rotation is not None else None
+        x, strides = addressed_with(x, table, order, rows)
+        widths = _widths(x.shape[-1], rotation)
+        num_rows_tile = max(1, elements // widths["tile"])
+        turn = "" if rotation is None or table is None else _turn(rotation, table.dtype)
+        constants = {
+            "N": x.shape[-1],
+            "ROWS": num_rows_tile,
+            **{name: width for name, width in widths.items() if name != "tile"},
+            "TURN": turn,
+            **norm_constants(plan, eps, offset),
+        }
+        arguments = (x, as_vector(weight), rows, rstd, num_rows(x), *strides)
+        num_tiles = (num_rows(x) + num_rows_tile - 1) // num_rows_tile
+        return cls(y, rows, rstd, arguments, constants, num_tiles)
+
+    def finished(self) -> torch.Tensor | None:
+        """The result, once the kernel is launched."""
+        if self.y is None or self.rows is self.y:
+            return self.y
+        assert self.rows is not None
+        return self.y.copy_(self.rows)
+
+
+NO_SLOT = Slot(
+    None,
+    None,
+    None,
+    (None,) * 4 + (0, 1, 1) + (0,) * 6,
+    {
+        "N": 0,
+        "ROWS": 1,
+        "DIM": 0,
+        "START": 0,
+        "PAIRS": 1,
+        "OTHERS": 1,
+        "TURN": "",
+        "EPS": 0.0,
+        "OFFSET": 0.0,
+        "PLAN": "",
+    },
+    0,
+)
+
+
+def tile_elements(xs: Sequence[torch.Tensor], rotations: Sequence[Rotation | None]) -> int:
+    """How many elements every program of a launch takes: `ELEMENTS`, or the widest row."""
+    pairs = zip(xs, rotations, strict=True)
+    return max(ELEMENTS, *(_widths(x.shape[-1], rotation)["tile"] for x, rotation in pairs))
+
+
+def num_warps(elements: int, is_double: bool) -> int:
+    """Warps for a program of so many elements."""
+    threads = elements // (8 if is_double else 16)
+    return min(MAX_THREADS, max(WARP_SIZE, threads)) // WARP_SIZE
+
+
+def equally_laid_out(cos: torch.Tensor, sin: torch.Tensor) -> Tables:
+    """Both tables with the same strides, which a kernel is passed once."""
+    if cos.stride() == sin.stride() and cos.dtype == sin.dtype:
+        return cos, sin
+    dtype = torch.promote_types(cos.dtype, sin.dtype)
+    return cos.to(dtype).contiguous(), sin.to(dtype).contiguous()
+
+
+def _widths(width: int, rotation: Rotation | None) -> dict[str, int]:
+    """The columns that turn, and the widths of the tiles of pairs and of other columns."""
+    dim = 0 if rotation is None else rotation.dim
+    pairs = triton.next_power_of_2(dim // 2) if dim else 0
+    others = triton.next_power_of_2(width - dim) if width > dim else 0
+    return {
+        "DIM": dim,
+        "START": 0 if rotation is None else rotation.start,
+        "PAIRS": pairs,
+        "OTHERS": others,
+        "tile": triton.next_power_of_2(2 * pairs + others),
+    }
+
+
+def _turn(rotation: Rotation, table: torch.dtype) -> str:
+    product = torch.promote_types(rotation.dtype, table)
+    return text(
+        {
+            "layout": rotation.layout,
+            "in": NAMES[rotation.dtype],
+            "product": NAMES[product],
+            "out": NAMES[rotation.out],
+        }
+    )

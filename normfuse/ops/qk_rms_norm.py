@@ -1,0 +1,240 @@
+"""Norms that stand side by side: the queries, keys and perhaps values of one attention.
+
+y_i = x_i / sqrt(mean(x_i^2) + eps_i) * (weight_i + offset_i), each over its own last axis. Qwen 3
+and Gemma 3 normalise each head of q and k, OLMo 2 whole projections, Gemma 4 also v, without a
+weight; Jamba normalises three slices of one projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from normfuse.ops.registration import register
+from normfuse.ops.rms_norm import (
+    check_plan,
+    rms_norm_backward,
+    rms_norm_fake,
+    rms_norm_reference,
+)
+from normfuse.ops.rounding import RoundingPlan
+from normfuse.ops.validation import check_activation, check_eps, check_weight
+
+SCHEMA = (
+    "qk_rms_norm(Tensor[] xs, Tensor[] weights, float[] eps, float[] offsets, str[] plans)"
+    " -> Tensor[]"
+)
+
+Gradients = Sequence[torch.Tensor | None]
+
+
+class QKRMSNorm(NamedTuple):
+    """Results of `qk_rms_norm`: the normalised q and k, and v where one was given."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor | None
+
+
+def qk_rms_norm_reference(
+    xs: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    eps: Sequence[float],
+    offsets: Sequence[float],
+    plans: Sequence[str],
+) -> list[torch.Tensor]:
+    """The meaning: n tensors (..., N_i) -> their norms, and then their n rstd (..., 1).
+
+    `weights` holds one (N_i,) for each plan that has a weight.
+    """
+    slots = zip(xs, by_plan(weights, plans), eps, offsets, plans, strict=True)
+    norms = [
+        rms_norm_reference(x, weight, None, eps, offset, plan)
+        for x, weight, eps, offset, plan in slots
+    ]
+    return [y for y, _ in norms] + [rstd for _, rstd in norms]
+
+
+def by_plan(weights: Sequence[Any], plans: Sequence[str]) -> list[Any]:
+    """One entry for each plan: its weight, or None where it has none."""
+    remaining = iter(weights)
+    return [None if RoundingPlan.parse(plan).weight is None else next(remaining) for plan in plans]
+
+
+def qk_rms_norm_fake(
+    xs: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    eps: Sequence[float],
+    offsets: Sequence[float],
+    plans: Sequence[str],
+) -> list[torch.Tensor]:
+    slots = zip(xs, by_plan(weights, plans), eps, offsets, plans, strict=True)
+    norms = [
+        rms_norm_fake(x, weight, None, eps, offset, plan) for x, weight, eps, offset, plan in slots
+    ]
+    return [y for y, _ in norms] + [rstd for _, rstd in norms]
+
+
+def _cuda(
+    xs: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    eps: Sequence[float],
+    offsets: Sequence[float],
+    plans: Sequence[str],
+) -> Any:
+    if obstacle_to_one_launch(xs) is not None:
+        return qk_rms_norm_reference(xs, weights, eps, offsets, plans)
+    from normfuse.ops.kernels.qk_rms_norm import launch
+
+    parsed = [RoundingPlan.parse(plan) for plan in plans]
+    return launch(xs, by_plan(weights, plans), eps, offsets, parsed)
+
+
+MAX_NORMS = 3
+MAX_WIDTH = 16384
+MAX_DIMS = 4
+
+
+def obstacle_to_one_launch(xs: Sequence[torch.Tensor]) -> str | None:
+    """Why the kernel cannot take these tensors, as a sentence; None if it can."""
+    if len(xs) > MAX_NORMS:
+        return f"one launch takes up to {MAX_NORMS} tensors, not {len(xs)}"
+    for x in xs:
+        if x.shape[-1] > MAX_WIDTH:
+            return f"a row of {x.shape[-1]} is wider than the {MAX_WIDTH} that a program holds"
+        if x.dim() > MAX_DIMS:
+            return f"a tensor of {x.dim()} dimensions has more than the {MAX_DIMS} of the kernel"
+    return None
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Sequence[torch.Tensor]) -> None:
+    xs, weights, _, offsets, plans = inputs
+    ctx.save_for_backward(*xs, *weights, *output[len(xs) :])
+    ctx.offsets, ctx.plans = offsets, plans
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grads: Gradients) -> Any:
+    num = len(ctx.plans)
+    xs, weights, rstds = split_saved(ctx.saved_tensors, num)
+    grad_xs, grad_weights = norms_backward(
+        grads[:num], grads[num:], xs, weights, rstds, ctx.offsets, ctx.plans
+    )
+    return grad_xs, grad_weights, None, None, None
+
+
+def split_saved(saved: Sequence[Any], num: int) -> tuple[Any, Any, Any]:
+    """What a context saved: n tensors, their weights, n rstd."""
+    return saved[:num], saved[num:-num], saved[-num:]
+
+
+def norms_backward(
+    grad_ys: Gradients,
+    grad_rstds: Gradients,
+    xs: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    rstds: Sequence[torch.Tensor],
+    offsets: Sequence[float],
+    plans: Sequence[str],
+) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+    """The gradients of every x, and of the weights that there are."""
+    grad_xs, grad_weights = [], []
+    for grad_y, grad_rstd, x, weight, rstd, offset in zip(
+        grad_ys, grad_rstds, xs, by_plan(weights, plans), rstds, offsets, strict=True
+    ):
+        grad_x, grad_weight = rms_norm_backward(grad_y, grad_rstd, x, weight, rstd, offset)
+        grad_xs.append(grad_x.to(x.dtype))
+        if weight is not None:
+            grad_weights.append(grad_weight)
+    return grad_xs, grad_weights
+
+
+QK_RMS_NORM = register(
+    SCHEMA,
+    reference=qk_rms_norm_reference,
+    fake=qk_rms_norm_fake,
+    cuda=_cuda,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+
+
+class Norms(NamedTuple):
+    """The norms of one call, checked: one entry of each for q, k and perhaps v."""
+
+    xs: list[torch.Tensor]
+    weights: list[torch.Tensor]
+    eps: list[float]
+    offsets: list[float]
+    plans: list[str]
+
+
+def checked_norms(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor | None,
+    weight_q: torch.Tensor | None,
+    weight_k: torch.Tensor | None,
+    eps: float,
+    offset: float,
+    plans: tuple[RoundingPlan | None, RoundingPlan | None],
+) -> Norms:
+    """What both public functions take, as the ops want it.
+
+    Raises:
+        TypeError, ValueError: a type, shape or device does not fit.
+    """
+    check_eps("eps", eps)
+    norms = Norms([], [], [], [], [])
+    slots = [("q", q, weight_q, plans[0]), ("k", k, weight_k, plans[1])]
+    if v is not None:
+        slots.append(("v", v, None, None))
+    for name, x, weight, plan in slots:
+        check_activation(name, x)
+        check_weight(f"weight_{name}", weight, x)
+        steps = plan or RoundingPlan.once(x.dtype, None if weight is None else weight.dtype)
+        check_plan(f"plan_{name}", steps, weight)
+        norms.xs.append(x)
+        norms.weights.extend([] if weight is None else [weight])
+        norms.eps.append(eps)
+        norms.offsets.append(0.0 if weight is None else offset)
+        norms.plans.append(str(steps))
+    return norms
+
+
+def qk_rms_norm(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    weight_q: torch.Tensor | None = None,
+    weight_k: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    v: torch.Tensor | None = None,
+    offset: float = 0.0,
+    plan_q: RoundingPlan | None = None,
+    plan_k: RoundingPlan | None = None,
+) -> QKRMSNorm:
+    """RMSNorm of q and k, and weightless of v if given, over their last axes, in one launch.
+
+    Args:
+        q: (..., N), float16, bfloat16, float32 or float64; rows of any stride.
+        k: (..., M), any of these types.
+        weight_q: (N,) or None.
+        weight_k: (M,) or None.
+        eps: added to the mean of the squares.
+        v: (..., L) or None; normalised without a weight.
+        offset: added to the weights; 1.0 for Gemma 3.
+        plan_q: where the norm of q rounds; by default once, at its end.
+        plan_k: where the norm of k rounds; by default once, at its end.
+
+    Returns:
+        `QKRMSNorm(q, k, v)`, each with the shape of its input and the type of its plan's `out`.
+
+    Raises:
+        TypeError, ValueError: a type, shape or device does not fit.
+    """
+    norms = checked_norms(q, k, v, weight_q, weight_k, eps, offset, (plan_q, plan_k))
+    results = QK_RMS_NORM(*norms)
+    return QKRMSNorm(results[0], results[1], None if v is None else results[2])

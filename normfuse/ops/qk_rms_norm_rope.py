@@ -1,0 +1,199 @@
+"""Per-head norms of queries and keys, then rotary embedding: Qwen 3, Gemma 3, GLM 4, EXAONE 4.
+
+y_i = rotated(x_i / sqrt(mean(x_i^2) + eps_i) * (weight_i + offset_i); cos, sin), each head alone.
+A value (Gemma 4's, without a weight) may stand beside them and is not turned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from normfuse.ops.qk_rms_norm import (
+    Gradients,
+    QKRMSNorm,
+    by_plan,
+    checked_norms,
+    norms_backward,
+    obstacle_to_one_launch,
+    qk_rms_norm_fake,
+    qk_rms_norm_reference,
+    split_saved,
+)
+from normfuse.ops.registration import register
+from normfuse.ops.rms_norm import rms_norm_reference
+from normfuse.ops.rotation import (
+    LAYOUTS,
+    Rotation,
+    empty_result,
+    rotated,
+    rotated_backward,
+    table_gradients,
+)
+from normfuse.ops.rounding import RoundingPlan
+from normfuse.ops.validation import check_table
+
+SCHEMA = (
+    "qk_rms_norm_rope(Tensor[] xs, Tensor[] weights, Tensor cos, Tensor sin,"
+    " float[] eps, float[] offsets, str[] plans, str[] rotations) -> Tensor[]"
+)
+
+
+def qk_rms_norm_rope_reference(
+    xs: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: Sequence[float],
+    offsets: Sequence[float],
+    plans: Sequence[str],
+    rotations: Sequence[str],
+) -> list[torch.Tensor]:
+    """The meaning: n tensors (..., N_i) -> their turned norms, and then their n rstd (..., 1).
+
+    cos and sin broadcast against every x that turns; a rotation "none" leaves its norm as it is.
+    """
+    results = qk_rms_norm_reference(xs, weights, eps, offsets, plans)
+    for index, rotation in enumerate(map(Rotation.parse, rotations)):
+        if rotation is not None:
+            results[index] = rotated(results[index], cos, sin, rotation)
+    return results
+
+
+def qk_rms_norm_rope_fake(
+    xs: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: Sequence[float],
+    offsets: Sequence[float],
+    plans: Sequence[str],
+    rotations: Sequence[str],
+) -> list[torch.Tensor]:
+    results = qk_rms_norm_fake(xs, weights, eps, offsets, plans)
+    for index, rotation in enumerate(map(Rotation.parse, rotations)):
+        if rotation is not None:
+            results[index] = empty_result(results[index], rotation)
+    return results
+
+
+def _cuda(
+    xs: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: Sequence[float],
+    offsets: Sequence[float],
+    plans: Sequence[str],
+    rotations: Sequence[str],
+) -> Any:
+    if obstacle_to_one_launch(xs) is not None:
+        norms = eps, offsets, plans, rotations
+        return qk_rms_norm_rope_reference(xs, weights, cos, sin, *norms)
+    from normfuse.ops.kernels.qk_rms_norm_rope import launch
+
+    parsed = [RoundingPlan.parse(plan) for plan in plans]
+    turns = [Rotation.parse(rotation) for rotation in rotations]
+    return launch(xs, by_plan(weights, plans), cos, sin, eps, offsets, parsed, turns)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Sequence[torch.Tensor]) -> None:
+    xs, weights, cos, sin, eps, offsets, plans, rotations = inputs
+    ctx.save_for_backward(cos, sin, *xs, *weights, *output[len(xs) :])
+    ctx.eps, ctx.offsets, ctx.plans, ctx.rotations = eps, offsets, plans, rotations
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grads: Gradients) -> Any:
+    num = len(ctx.plans)
+    cos, sin, *saved = ctx.saved_tensors
+    xs, weights, rstds = split_saved(saved, num)
+    grad_ys: list[torch.Tensor | None] = []
+    grad_tables = [torch.zeros_like(cos), torch.zeros_like(sin)]
+    norms = zip(xs, by_plan(weights, ctx.plans), ctx.eps, ctx.offsets, ctx.plans, strict=True)
+    turns = map(Rotation.parse, ctx.rotations)
+    for grad, rotation, (x, weight, *norm), rstd in zip(grads, turns, norms, rstds, strict=False):
+        if grad is None or rotation is None:
+            grad_ys.append(grad)
+            continue
+        wide = grad.to(rstd.dtype)
+        grad_ys.append(rotated_backward(wide, cos, sin, rotation))
+        if any(ctx.needs_input_grad[2:4]):
+            y, _ = rms_norm_reference(x, weight, None, *norm)
+            found = table_gradients(wide, y, cos, sin, rotation)
+            grad_tables = [a + b for a, b in zip(grad_tables, found, strict=True)]
+    grad_xs, grad_weights = norms_backward(
+        grad_ys, grads[num:], xs, weights, rstds, ctx.offsets, ctx.plans
+    )
+    return grad_xs, grad_weights, *grad_tables, None, None, None, None
+
+
+QK_RMS_NORM_ROPE = register(
+    SCHEMA,
+    reference=qk_rms_norm_rope_reference,
+    fake=qk_rms_norm_rope_fake,
+    cuda=_cuda,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+
+
+def qk_rms_norm_rope(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    weight_q: torch.Tensor | None = None,
+    weight_k: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    v: torch.Tensor | None = None,
+    layout: str = "half",
+    rotary_dim: int | None = None,
+    offset: float = 0.0,
+    plan_q: RoundingPlan | None = None,
+    plan_k: RoundingPlan | None = None,
+) -> QKRMSNorm:
+    """RMSNorm of every head of q and k, then rotary embedding, in one launch.
+
+    Args:
+        q: (..., D), float16, bfloat16, float32 or float64; heads of any stride.
+        k: (..., D), any of these types.
+        cos: (..., R) or (..., R / 2), broadcasting against q and k; R is `rotary_dim`. R / 2
+            columns hold one angle for each pair of columns.
+        sin: the shape and type of cos.
+        weight_q: (D,) or None.
+        weight_k: (D,) or None.
+        eps: added to the mean of the squares.
+        v: (..., N) or None; normalised without a weight, and not turned.
+        layout: `"half"` turns columns j and j + R / 2 together, `"interleaved"` and `"complex"`
+            neighbours; "complex" rounds as a product of complex numbers does.
+        rotary_dim: how many of the first columns turn; by default all.
+        offset: added to the weights; 1.0 for Gemma 3.
+        plan_q: where the norm of q rounds; by default once, at its end.
+        plan_k: where the norm of k rounds; by default once, at its end.
+
+    Returns:
+        `QKRMSNorm(q, k, v)`, each with the shape of its input, laid out like it, in the type of its
+        plan's `out`.
+
+    Raises:
+        TypeError, ValueError: a type, shape or device does not fit.
+    """
+    norms = checked_norms(q, k, v, weight_q, weight_k, eps, offset, (plan_q, plan_k))
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}: choose one")
+    rotations = []
+    for name, x, plan in zip(("q", "k"), norms.xs, norms.plans, strict=False):
+        dim = x.shape[-1] if rotary_dim is None else rotary_dim
+        check_table("cos", cos, name, x, dim)
+        check_table("sin", sin, name, x, dim)
+        out = RoundingPlan.parse(plan).out
+        wide = torch.float32 if layout == "complex" else out
+        rotations.append(str(Rotation(layout, dim, wide, out)))
+    rotations += ["none"] * (len(norms.xs) - 2)
+    xs, weights, *numbers = norms
+    results = QK_RMS_NORM_ROPE(xs, weights, cos, sin, *numbers, rotations)
+    return QKRMSNorm(results[0], results[1], None if v is None else results[2])
