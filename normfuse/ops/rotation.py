@@ -182,7 +182,7 @@ def table_gradients(
 def _summed(gradient: torch.Tensor, table: torch.Tensor, rotation: Rotation) -> torch.Tensor:
     if table.shape[-1] != rotation.dim:
         if rotation.layout == "half":
-            gradient = gradient.unflatten(-1, (2, -1)).sum(-2)
+            gradient = gradient.reshape(*gradient.shape[:-1], 2, -1).sum(-2)
         else:
-            gradient = gradient.unflatten(-1, (-1, 2)).sum(-1)
+            gradient = gradient.reshape(*gradient.shape[:-1], -1, 2).sum(-1)
     return gradient.sum_to_size(table.shape).to(table.dtype)

@@ -66,28 +66,29 @@ class Recognise:
         raise Decline(f"the options leave out the rule {' and '.join(left_out)}")
 
     def _compose(self, rule: Rule, context: Context) -> None:
-        for node in [node for node in context.graph.nodes if is_op(node)]:
-            if node._erased:
-                continue
-            around = [(part, Place.of(part)) for part in (*_ops_behind(node), node)]
-            try:
-                fused = rule.apply(node, context)
-            except Decline as decline:
-                log.debug("%s: no %s: %s", Place.of(node).module, rule.name, decline)
-                continue
-            if fused is not None and self.recorder is not None:
-                joined = [place for part, place in around if part._erased]
-                self.recorder.composed(Place.of(fused), rule.name, joined)
+        nodes = [node for node in context.graph.nodes if is_op(node)]
+        places = {node: Place.of(node) for node in nodes} if self.recorder else {}
+        for node in nodes:
+            fused: Node | None = node
+            while fused is not None and not fused._erased:
+                fused = self._compose_once(rule, fused, places, context)
+
+    def _compose_once(
+        self, rule: Rule, node: Node, places: dict[Node, Place], context: Context
+    ) -> Node | None:
+        """The op that a rule makes of one op and what is around it; it may then grow further."""
+        try:
+            fused = rule.apply(node, context)
+        except Decline as decline:
+            log.debug("%s: no %s: %s", Place.of(node).module, rule.name, decline)
+            return None
+        if fused is not None and self.recorder is not None:
+            joined = [places.pop(part) for part in list(places) if part._erased]
+            places[fused] = Place.of(fused)
+            self.recorder.composed(places[fused], rule.name, joined)
+        return fused
 
 
 def is_op(node: Node) -> bool:
     """Whether a node calls one of our ops."""
     return node.op == "call_function" and getattr(node.target, "namespace", "") == "normfuse"
-
-
-def _ops_behind(node: Node) -> list[Node]:
-    return [
-        operand.args[0]
-        for operand in node.all_input_nodes
-        if operand.args and isinstance(operand.args[0], Node) and is_op(operand.args[0])
-    ]

@@ -3,6 +3,8 @@
 from normfuse.patterns import (
     add_rms_norm,
     l2_norm,
+    qk_rms_norm,
+    qk_rms_norm_rope,
     rms_norm,
     rms_norm_add,
     rms_norm_add_rms_norm,
@@ -13,8 +15,14 @@ RECOGNISE = (rms_norm.RULE, l2_norm.RULE)
 
 # Each rule builds on the results of those before it, so that every chain ends as long as it can: a
 # sandwich is a `rms_norm_add` that a norm follows. `add_rms_norm` comes last, because it takes any
-# sum that is still there.
-COMPOSE = (rms_norm_add.RULE, rms_norm_add_rms_norm.RULE, add_rms_norm.RULE)
+# sum that is still there; a norm after RoPE, whose input is a sum, is taken before.
+COMPOSE = (
+    qk_rms_norm_rope.RULE,
+    rms_norm_add.RULE,
+    rms_norm_add_rms_norm.RULE,
+    qk_rms_norm.RULE,
+    add_rms_norm.RULE,
+)
 
 RULES = (*RECOGNISE, *COMPOSE)
 

@@ -1,0 +1,117 @@
+"""Reads a rotary embedding of one value, whatever its spelling: x * cos + partners(x) * sin."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from normfuse.ops.rotation import Rotation, partners
+from normfuse.patterns.columns import Columns, Reader, Table, Term
+from normfuse.patterns.micro_ops import fake_of, same_sizes
+
+MAX_NODES = 40  # of one embedding; the longest spelling in use takes 14
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """One value that turns: `last` holds the result, `nodes` are all from the first to the last."""
+
+    rotation: Rotation
+    cos: Table
+    sin: Table
+    last: Node
+    nodes: tuple[Node, ...]
+
+
+def read_rotary(x: Node) -> Rotary | None:
+    """How `x` (..., D) turns, if all that becomes of it is one rotary embedding."""
+    if not isinstance(fake_of(x).shape[-1], int) or len(x.users) < 2:
+        return None
+    reader = Reader(x)
+    followed = _follow(x, reader)
+    for node in reversed(followed):
+        value = reader.values[node]
+        if isinstance(value, Columns) and same_sizes(fake_of(node).shape, fake_of(x).shape):
+            inside = _behind(node, followed)
+            if not all(user in inside for n in (x, *inside) if n is not node for user in n.users):
+                continue
+            found = _rotation(value, fake_of(node).dtype)
+            if found is not None:
+                return Rotary(*found, node, tuple(inside))
+    return None
+
+
+def _follow(x: Node, reader: Reader) -> list[Node]:
+    """The nodes made of columns of x alone, in the order of the graph."""
+    followed: list[Node] = []
+    waiting = set(x.users)
+    seen: set[Node] = set()
+    while waiting and len(seen) < MAX_NODES:
+        node = min(waiting)
+        waiting.discard(node)
+        seen.add(node)
+        if reader.read(node):
+            followed.append(node)
+            waiting |= set(node.users) - seen
+    return followed
+
+
+def _behind(last: Node, followed: list[Node]) -> list[Node]:
+    """Those of the nodes that `last` is made of, itself among them."""
+    wanted = {last}
+    for node in reversed(followed):
+        if node in wanted:
+            wanted |= set(node.all_input_nodes)
+    return [node for node in followed if node in wanted]
+
+
+def _rotation(value: Columns, out: torch.dtype) -> tuple[Rotation, Table, Table] | None:
+    tables = [table for table in value.terms if table is not None]
+    if len(tables) != 2 or value.dtype is None:
+        return None
+    terms = {key: _flat(term) for key, term in value.terms.items()}
+    width = terms[tables[0]].source.numel()
+    for cos, sin in (tables, tables[::-1]):
+        turning = terms[cos].table.nonzero().flatten()
+        if turning.numel() == 0:
+            continue
+        start, dim = int(turning[0]), turning.numel()
+        columns = slice(start, start + dim)
+        passed = terms.get(None, Term(torch.zeros(width), torch.zeros(width))).source
+        numbers = torch.arange(1, width + 1, dtype=torch.int32)
+        if dim % 2 or not torch.equal(terms[cos].source + passed, numbers) or passed[columns].any():
+            continue
+        layout = _layout(terms[cos], terms[sin], numbers, columns)
+        if layout is None or not _is_only_at(terms[sin], columns):
+            continue
+        layout = "complex" if cos.part else layout
+        if (layout == "complex") != (cos.part == "real"):
+            continue
+        return Rotation(layout, dim, value.dtype, out, start=start), cos, sin
+    return None
+
+
+def _flat(term: Term) -> Term:
+    return Term(term.source.flatten(), term.table.flatten())
+
+
+def _is_only_at(term: Term, columns: slice) -> bool:
+    elsewhere = term.source.clone()
+    elsewhere[columns] = 0
+    return not elsewhere.any()
+
+
+def _layout(cos: Term, sin: Term, numbers: torch.Tensor, columns: slice) -> str | None:
+    """Which columns turn together; the tables serve columns, or pairs of them."""
+    dim = columns.stop - columns.start
+    pairs = torch.arange(1, dim // 2 + 1, dtype=torch.int32)
+    by_pair = {"half": torch.cat((pairs, pairs)), "interleaved": pairs.repeat_interleave(2)}
+    for layout, angles in by_pair.items():
+        if torch.equal(sin.source[columns], partners(numbers[columns], layout)) and (
+            torch.equal(cos.table[columns], sin.table[columns])
+            and any(torch.equal(cos.table[columns], at) for at in (angles, numbers[:dim]))
+        ):
+            return layout
+    return None
