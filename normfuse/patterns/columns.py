@@ -18,6 +18,7 @@ from torch.fx.node import map_arg
 
 from normfuse.ops.rounding import is_exact_cast
 from normfuse.patterns.micro_ops import Kind, fake_of, micro_op, same_sizes, tensor
+from normfuse.patterns.mutation import written_by
 
 aten = torch.ops.aten
 
@@ -275,7 +276,7 @@ class Reader:
 
     def _table(self, node: Node, part: str = "") -> Table:
         """One table for all nodes that view the same values in the same way."""
-        return self._tables.setdefault((view_key(node), part), Table(node, part))
+        return self._tables.setdefault((value_key(node), part), Table(node, part))
 
 
 def _is_basic(index: Any) -> bool:
@@ -289,10 +290,32 @@ def _agree(parts: list[Columns]) -> bool:
     return len({part.dtype for part in parts if part.dtype is not None}) <= 1
 
 
-def view_key(node: Node) -> Any:
-    """Equal for two nodes that are the same view of the same value."""
-    op = micro_op(node)
-    if op is None or op.kind is not Kind.VIEW or len(node.all_input_nodes) != 1:
+def value_key(node: Node) -> Any:
+    """Equal for two nodes that compute the same value in the same way, if nothing is written to."""
+    if not _is_repeatable(node):
         return node
-    rest = str(map_arg((node.args[1:], node.kwargs), lambda inner: inner.name))
-    return (str(node.target), rest, view_key(node.all_input_nodes[0]))
+    quoted: Any = lambda inner: _Quoted(value_key(inner))  # noqa: E731 - no type of fx's fits
+    arguments = map_arg((node.args, node.kwargs), quoted)
+    return (str(node.target), str(arguments))
+
+
+def chain_of(node: Node) -> list[Node]:
+    """The nodes that `value_key` looked at."""
+    if not _is_repeatable(node):
+        return [node]
+    return [node, *(other for operand in node.all_input_nodes for other in chain_of(operand))]
+
+
+def _is_repeatable(node: Node) -> bool:
+    is_pure = micro_op(node) is not None or node.target in _MOVES | _TO_REAL | {torch.complex}
+    return is_pure and not written_by(node)
+
+
+class _Quoted:
+    """A key inside an argument list; prints as what it is."""
+
+    def __init__(self, key: Any) -> None:
+        self.key = key
+
+    def __repr__(self) -> str:
+        return f"<{self.key}>"

@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from normfuse.ops import QK_RMS_NORM, QK_RMS_NORM_ROPE, RMS_NORM
 from normfuse.ops.qk_rms_norm import MAX_NORMS
-from normfuse.patterns.columns import view_key
+from normfuse.patterns.columns import chain_of, value_key
 from normfuse.patterns.micro_ops import Kind, fake_of, micro_op, same_sizes, tensor
 from normfuse.patterns.mutation import written_by
 from normfuse.patterns.rule import Context, emit, erase, existing_result, fakes_of, result
@@ -87,7 +87,7 @@ def stand_side_by_side(left: Part, right: Part) -> bool:
         return False
     if left.tables and right.tables:
         pairs = zip(left.tables, right.tables, strict=True)
-        return all(view_key(a) == view_key(b) for a, b in pairs)
+        return all(value_key(a) == value_key(b) for a, b in pairs)
     if fake_of(left.xs[0]).device != fake_of(right.xs[0]).device:
         return False
     if left.xs[0] is right.xs[-1]:
@@ -140,12 +140,13 @@ def join(left: Part, right: Part, context: Context) -> Node | None:
         return None
     if not all(_is_movable(node) for node in late):
         return None
-    context.mutations.forbid_between((left.node, *late, right.node))
+    tables = [node for table in left.tables + right.tables for node in chain_of(table)]
+    context.mutations.forbid_between((left.node, *tables, *late, right.node))
     parts = (left, right)
     ys = [fakes_of(context, part.node)[: part.num] for part in parts]
     rstds = [fakes_of(context, part.node)[part.num :] for part in parts]
     tables = left.tables or right.tables
-    rotations = [left.rotations + right.rotations] if tables else []
+    rotations = [[*left.rotations, *right.rotations]] if tables else []
     fused = emit(
         context,
         QK_RMS_NORM_ROPE if tables else QK_RMS_NORM,

@@ -12,9 +12,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from normfuse.ops.kernels import add_rms_norm, rms_norm, rms_norm_add, rms_norm_add_rms_norm
+from normfuse.ops.kernels import (
+    add_rms_norm,
+    qk_rms_norm_rope,
+    rms_norm,
+    rms_norm_add,
+    rms_norm_add_rms_norm,
+)
 from normfuse.ops.kernels.tile import Launch
 from normfuse.ops.residual_sum import Scales
+from normfuse.ops.rotation import Rotation
 from normfuse.ops.rounding import RoundingPlan
 
 TARGETS = {
@@ -86,6 +93,21 @@ def compile_kernel(
         rms_norm_add_rms_norm.launch(x, x, *weights, Scales(), *norm, *norm, **settings)
     else:
         KERNELS[stem].launch(x, x, weight, Scales(), *norm, **settings)
+    options = {"num_warps": recorder.num_warps}
+    return triton.compile(recorder.source, target=gpu, options=options)
+
+
+def compile_heads(width: int, dtype: torch.dtype, layout: str, target: str) -> Any:
+    """What Triton makes of q, k and v heads of `width`; q and k turn."""
+    gpu, recorder = TARGETS[target], _Recorder()
+    heads = torch.empty(2, 16, 8, width, dtype=dtype, device="meta").transpose(1, 2)
+    weight = torch.empty(width, dtype=dtype, device="meta")
+    table = torch.empty(2, 1, 16, width, dtype=dtype, device="meta")
+    plans = [RoundingPlan.once(dtype, dtype)] * 2 + [RoundingPlan.once(dtype, None)]
+    turns = [Rotation(layout, width, dtype, dtype)] * 2 + [None]
+    norms = ([1e-6] * 3, [1.0] * 3, plans, turns)
+    weights = [weight, weight, None]
+    qk_rms_norm_rope.launch([heads] * 3, weights, table, table, *norms, wrap=recorder)
     options = {"num_warps": recorder.num_warps}
     return triton.compile(recorder.source, target=gpu, options=options)
 

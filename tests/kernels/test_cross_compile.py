@@ -25,6 +25,22 @@ def test_no_target_spills(stem, plan, target, tmp_path):
     assert spilled == dict.fromkeys(spilled, 0)
 
 
+@pytest.mark.parametrize(
+    ("layout", "target"),
+    [
+        *(("half", target) for target in ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")),
+        ("interleaved", "sm_90"),
+    ],
+)
+def test_heads_do_not_spill(layout, target, tmp_path):
+    spilled = {}
+    for width in (128, 512):
+        compiled = cross_compile.compile_heads(width, BF16, layout, target)
+        spilled[width] = cross_compile.resources(compiled, tmp_path / "cubin")["spilled"]
+
+    assert spilled == dict.fromkeys(spilled, 0)
+
+
 # The widest row of each type that `Launch` gives to one tile without a spill, and one in chunks.
 @pytest.mark.parametrize("stem", cross_compile.KERNELS)
 @pytest.mark.parametrize(
