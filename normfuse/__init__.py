@@ -14,6 +14,7 @@ from normfuse.ops import (
     rms_norm,
     rms_norm_add,
     rms_norm_add_rms_norm,
+    rms_norms,
 )
 from normfuse.report import Report, Site
 
@@ -36,5 +37,6 @@ __all__ = [
     "rms_norm",
     "rms_norm_add",
     "rms_norm_add_rms_norm",
+    "rms_norms",
     "testing",
 ]

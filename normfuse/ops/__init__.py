@@ -9,12 +9,14 @@ from normfuse.ops.rms_norm_add_rms_norm import (
     RMSNormAddRMSNorm,
     rms_norm_add_rms_norm,
 )
+from normfuse.ops.rms_norms import RMS_NORMS, rms_norms
 from normfuse.ops.rounding import RoundingPlan
 
 __all__ = [
     "ADD_RMS_NORM",
     "L2_NORM",
     "RMS_NORM",
+    "RMS_NORMS",
     "RMS_NORM_ADD",
     "RMS_NORM_ADD_RMS_NORM",
     "AddRMSNorm",
@@ -25,4 +27,5 @@ __all__ = [
     "rms_norm",
     "rms_norm_add",
     "rms_norm_add_rms_norm",
+    "rms_norms",
 ]

@@ -17,10 +17,12 @@ from normfuse.ops.rms_norm_add_rms_norm import (
     RMS_NORM_ADD_RMS_NORM,
     rms_norm_add_rms_norm_reference,
 )
+from normfuse.ops.rms_norms import RMS_NORMS, rms_norms_reference, weight_of_each
 from normfuse.ops.rounding import RoundingPlan
 
 _REFERENCES: dict[Any, Callable[..., Any]] = {
     RMS_NORM: rms_norm_reference,
+    RMS_NORMS: rms_norms_reference,
     L2_NORM: l2_norm_reference,
     ADD_RMS_NORM: add_rms_norm_reference,
     RMS_NORM_ADD: rms_norm_add_reference,
@@ -68,6 +70,15 @@ def _launch_rms_norm(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
     x, weight, eps_tensor, eps, offset, plan = arguments
     steps = RoundingPlan.parse(plan)
     return launch(x, weight, eps_tensor, eps, offset, steps, store_rstd=used[1], wrap=wrap)
+
+
+def _launch_rms_norms(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
+    from normfuse.ops.kernels.rms_norms import launch
+
+    x, weights, eps, offsets, scales, plans = arguments
+    steps = [RoundingPlan.parse(plan) for plan in plans]
+    each = weight_of_each(weights, plans)
+    return launch(x, each, eps, offsets, scales, steps, stored=used, wrap=wrap)
 
 
 def _launch_l2_norm(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
@@ -139,6 +150,7 @@ def _launch_rms_norm_add_rms_norm(wrap: Any, used: tuple[bool, ...], *arguments:
 
 _LAUNCHES: dict[Any, Callable[..., Any]] = {
     RMS_NORM: _launch_rms_norm,
+    RMS_NORMS: _launch_rms_norms,
     L2_NORM: _launch_l2_norm,
     ADD_RMS_NORM: _launch_add_rms_norm,
     RMS_NORM_ADD: _launch_rms_norm_add,

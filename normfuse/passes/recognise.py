@@ -66,28 +66,21 @@ class Recognise:
         raise Decline(f"the options leave out the rule {' and '.join(left_out)}")
 
     def _compose(self, rule: Rule, context: Context) -> None:
-        for node in [node for node in context.graph.nodes if is_op(node)]:
+        parts = [node for node in context.graph.nodes if is_op(node)]
+        for node in list(parts):
             if node._erased:
                 continue
-            around = [(part, Place.of(part)) for part in (*_ops_behind(node), node)]
             try:
                 fused = rule.apply(node, context)
             except Decline as decline:
                 log.debug("%s: no %s: %s", Place.of(node).module, rule.name, decline)
                 continue
             if fused is not None and self.recorder is not None:
-                joined = [place for part, place in around if part._erased]
+                joined = [Place.of(part) for part in parts if part._erased]
                 self.recorder.composed(Place.of(fused), rule.name, joined)
+                parts = [part for part in parts if not part._erased] + [fused]
 
 
 def is_op(node: Node) -> bool:
     """Whether a node calls one of our ops."""
     return node.op == "call_function" and getattr(node.target, "namespace", "") == "normfuse"
-
-
-def _ops_behind(node: Node) -> list[Node]:
-    return [
-        operand.args[0]
-        for operand in node.all_input_nodes
-        if operand.args and isinstance(operand.args[0], Node) and is_op(operand.args[0])
-    ]

@@ -6,15 +6,22 @@ from normfuse.patterns import (
     rms_norm,
     rms_norm_add,
     rms_norm_add_rms_norm,
+    rms_norms,
 )
 
 # Each takes what the other leaves.
 RECOGNISE = (rms_norm.RULE, l2_norm.RULE)
 
 # Each rule builds on the results of those before it, so that every chain ends as long as it can: a
-# sandwich is a `rms_norm_add` that a norm follows. `add_rms_norm` comes last, because it takes any
-# sum that is still there.
-COMPOSE = (rms_norm_add.RULE, rms_norm_add_rms_norm.RULE, add_rms_norm.RULE)
+# sandwich is a `rms_norm_add` that a norm follows. `rms_norms` takes all norms of a value before a
+# chain takes one of them for itself. `add_rms_norm` comes last, because it takes any sum that is
+# still there.
+COMPOSE = (
+    rms_norm_add.RULE,
+    rms_norms.RULE,
+    rms_norm_add_rms_norm.RULE,
+    add_rms_norm.RULE,
+)
 
 RULES = (*RECOGNISE, *COMPOSE)
 
