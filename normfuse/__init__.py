@@ -7,9 +7,12 @@ from normfuse.backend import options
 from normfuse.explain import assert_fused, explain
 from normfuse.ops import (
     AddRMSNorm,
+    DualRMSNormAddRMSNorm,
     RMSNormAddRMSNorm,
     RoundingPlan,
     add_rms_norm,
+    dual_rms_norm_add,
+    dual_rms_norm_add_rms_norm,
     l2_norm,
     rms_norm,
     rms_norm_add,
@@ -25,12 +28,15 @@ except PackageNotFoundError:  # a source tree that was never installed
 
 __all__ = [
     "AddRMSNorm",
+    "DualRMSNormAddRMSNorm",
     "RMSNormAddRMSNorm",
     "Report",
     "RoundingPlan",
     "Site",
     "add_rms_norm",
     "assert_fused",
+    "dual_rms_norm_add",
+    "dual_rms_norm_add_rms_norm",
     "explain",
     "l2_norm",
     "options",

@@ -13,8 +13,10 @@ NUMERICS = ("exact", "fast")
 RULE_NAMES = (
     "rms_norm",
     "l2_norm",
+    "dual_rms_norm_add",
     "rms_norm_add",
     "rms_norms",
+    "dual_rms_norm_add_rms_norm",
     "rms_norm_add_rms_norm",
     "add_rms_norm",
 )

@@ -155,6 +155,27 @@ class Gemma4ExpertNorms(nn.Module):
         return hidden_states, router, hidden_states_2, residual
 
 
+class Gemma4ExpertsBlock(nn.Module):
+    """`Gemma4TextDecoderLayer` with experts, its end, and the norm that begins the next layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.post_feedforward_layernorm_1 = Gemma4RMSNorm()
+        self.post_feedforward_layernorm_2 = Gemma4RMSNorm()
+        self.post_feedforward_layernorm = Gemma4RMSNorm()
+        self.register_buffer("layer_scalar", torch.full((1,), 0.7))
+        self.input_layernorm = Gemma4RMSNorm()
+
+    def forward(self, hidden_states, hidden_states_2, residual):
+        hidden_states_1 = self.post_feedforward_layernorm_1(hidden_states)
+        hidden_states_2 = self.post_feedforward_layernorm_2(hidden_states_2)
+        hidden_states = hidden_states_1 + hidden_states_2
+        hidden_states = self.post_feedforward_layernorm(hidden_states)
+        hidden_states = residual + hidden_states
+        hidden_states *= self.layer_scalar
+        return self.input_layernorm(hidden_states), hidden_states
+
+
 class SumOfTwoNorms(nn.Module):
     """A plain sum that two norms read, before two branches."""
 

@@ -50,12 +50,13 @@ OPS = {
     "gemma3_text": {"rms_norm": 5, "rms_norm_add_rms_norm": 4},
     "gemma4_text": {"rms_norm": 7, "rms_norm_add": 3, "rms_norm_add_rms_norm": 4},
     "gemma4_text@dense": {"rms_norm": 7, "rms_norm_add_rms_norm": 4},
+    # The three norms of a residual are one op, and so is the end of a layer with the next norm. The
+    # keys of the layer with full attention serve as values.
     "gemma4_text@moe": {
-        "rms_norm": 7,
+        "rms_norm": 5,
         "rms_norms": 3,
         "rms_norm_add": 2,
-        "add_rms_norm": 2,
-        "rms_norm_add_rms_norm": 2,
+        "dual_rms_norm_add_rms_norm": 2,
     },
     "olmo2": {"rms_norm": 4, "rms_norm_add": 3, "rms_norm_add_rms_norm": 1},
     "olmo3": {"rms_norm": 4, "rms_norm_add": 3, "rms_norm_add_rms_norm": 1},

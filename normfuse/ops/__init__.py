@@ -1,6 +1,12 @@
 """The ops of namespace `normfuse::`, their meaning in plain torch, and their eager functions."""
 
 from normfuse.ops.add_rms_norm import ADD_RMS_NORM, AddRMSNorm, add_rms_norm
+from normfuse.ops.dual_rms_norm_add import DUAL_RMS_NORM_ADD, dual_rms_norm_add
+from normfuse.ops.dual_rms_norm_add_rms_norm import (
+    DUAL_RMS_NORM_ADD_RMS_NORM,
+    DualRMSNormAddRMSNorm,
+    dual_rms_norm_add_rms_norm,
+)
 from normfuse.ops.l2_norm import L2_NORM, l2_norm
 from normfuse.ops.rms_norm import RMS_NORM, rms_norm
 from normfuse.ops.rms_norm_add import RMS_NORM_ADD, rms_norm_add
@@ -14,15 +20,20 @@ from normfuse.ops.rounding import RoundingPlan
 
 __all__ = [
     "ADD_RMS_NORM",
+    "DUAL_RMS_NORM_ADD",
+    "DUAL_RMS_NORM_ADD_RMS_NORM",
     "L2_NORM",
     "RMS_NORM",
     "RMS_NORMS",
     "RMS_NORM_ADD",
     "RMS_NORM_ADD_RMS_NORM",
     "AddRMSNorm",
+    "DualRMSNormAddRMSNorm",
     "RMSNormAddRMSNorm",
     "RoundingPlan",
     "add_rms_norm",
+    "dual_rms_norm_add",
+    "dual_rms_norm_add_rms_norm",
     "l2_norm",
     "rms_norm",
     "rms_norm_add",

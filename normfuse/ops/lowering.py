@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from normfuse.ops.add_rms_norm import ADD_RMS_NORM, add_rms_norm_reference
+from normfuse.ops.dual_rms_norm_add import (
+    DUAL_RMS_NORM_ADD,
+    dual_rms_norm_add_reference,
+    parsed,
+    split_norms,
+)
+from normfuse.ops.dual_rms_norm_add_rms_norm import (
+    DUAL_RMS_NORM_ADD_RMS_NORM,
+    dual_rms_norm_add_rms_norm_reference,
+)
 from normfuse.ops.l2_norm import L2_NORM, l2_norm_reference
 from normfuse.ops.residual_sum import Scales
 from normfuse.ops.rms_norm import RMS_NORM, rms_norm_reference
@@ -27,6 +38,8 @@ _REFERENCES: dict[Any, Callable[..., Any]] = {
     ADD_RMS_NORM: add_rms_norm_reference,
     RMS_NORM_ADD: rms_norm_add_reference,
     RMS_NORM_ADD_RMS_NORM: rms_norm_add_rms_norm_reference,
+    DUAL_RMS_NORM_ADD: dual_rms_norm_add_reference,
+    DUAL_RMS_NORM_ADD_RMS_NORM: dual_rms_norm_add_rms_norm_reference,
 }
 
 
@@ -148,6 +161,16 @@ def _launch_rms_norm_add_rms_norm(wrap: Any, used: tuple[bool, ...], *arguments:
     )
 
 
+def _launch_dual(num_norms: int, wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
+    from normfuse.ops.kernels.dual_rms_norm_add import launch
+
+    x_1, x_2, residual = arguments[:3]
+    weights = arguments[3 : 3 + num_norms]
+    scales, *norms = split_norms(arguments[3 + num_norms :])
+    factors, steps = Scales(*scales), parsed(norms)
+    return launch(x_1, x_2, residual, weights, factors, steps, stored=used, wrap=wrap)
+
+
 _LAUNCHES: dict[Any, Callable[..., Any]] = {
     RMS_NORM: _launch_rms_norm,
     RMS_NORMS: _launch_rms_norms,
@@ -155,4 +178,6 @@ _LAUNCHES: dict[Any, Callable[..., Any]] = {
     ADD_RMS_NORM: _launch_add_rms_norm,
     RMS_NORM_ADD: _launch_rms_norm_add,
     RMS_NORM_ADD_RMS_NORM: _launch_rms_norm_add_rms_norm,
+    DUAL_RMS_NORM_ADD: partial(_launch_dual, 3),
+    DUAL_RMS_NORM_ADD_RMS_NORM: partial(_launch_dual, 4),
 }

@@ -2,6 +2,8 @@
 
 from normfuse.patterns import (
     add_rms_norm,
+    dual_rms_norm_add,
+    dual_rms_norm_add_rms_norm,
     l2_norm,
     rms_norm,
     rms_norm_add,
@@ -13,12 +15,15 @@ from normfuse.patterns import (
 RECOGNISE = (rms_norm.RULE, l2_norm.RULE)
 
 # Each rule builds on the results of those before it, so that every chain ends as long as it can: a
-# sandwich is a `rms_norm_add` that a norm follows. `rms_norms` takes all norms of a value before a
+# sandwich is a `rms_norm_add` that a norm follows. `dual_rms_norm_add` comes before it, which would
+# take one of the two norms with the sum of both. `rms_norms` takes all norms of a value before a
 # chain takes one of them for itself. `add_rms_norm` comes last, because it takes any sum that is
 # still there.
 COMPOSE = (
+    dual_rms_norm_add.RULE,
     rms_norm_add.RULE,
     rms_norms.RULE,
+    dual_rms_norm_add_rms_norm.RULE,
     rms_norm_add_rms_norm.RULE,
     add_rms_norm.RULE,
 )

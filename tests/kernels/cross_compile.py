@@ -14,6 +14,8 @@ from triton.compiler import ASTSource
 
 from normfuse.ops.kernels import (
     add_rms_norm,
+    dual_rms_norm_add,
+    dual_rms_norm_add_rms_norm,
     rms_norm,
     rms_norm_add,
     rms_norm_add_rms_norm,
@@ -36,6 +38,8 @@ KERNELS = {
     "add_rms_norm": add_rms_norm,
     "rms_norm_add": rms_norm_add,
     "rms_norm_add_rms_norm": rms_norm_add_rms_norm,
+    "dual_rms_norm_add": dual_rms_norm_add,
+    "dual_rms_norm_add_rms_norm": dual_rms_norm_add_rms_norm,
 }
 _POINTERS = {
     torch.float64: "*fp64",
@@ -92,6 +96,10 @@ def compile_kernel(
     elif stem == "rms_norms":
         weights, offsets, scales = [weight] * 3, [1.0] * 3, [1.0, 0.5, 1.0]  # as in Gemma 4
         rms_norms.launch(x, weights, 1e-6, offsets, scales, [plan] * 3, **settings)
+    elif stem.startswith("dual"):
+        count = 4 if stem.endswith("norm") else 3
+        weights, norms = [weight] * count, [norm] * count
+        KERNELS[stem].launch(x, x, x, weights, Scales(), norms, **settings)
     elif stem == "rms_norm_add_rms_norm":
         weights = (weight, weight)
         rms_norm_add_rms_norm.launch(x, x, *weights, Scales(), *norm, *norm, **settings)

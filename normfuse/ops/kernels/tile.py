@@ -41,7 +41,7 @@ class Launch:
         is_double = dtype == torch.float64
         block = triton.next_power_of_2(cols)
         if block > (MAX_BLOCK // 2 if is_double else MAX_BLOCK) // held:
-            block = 4096 if is_double else 8192
+            block = (4096 if is_double else 8192) // held
         rows = min(64, 2048 // block) if block <= 512 else 1
         elements_per_thread = (8 if is_double else 16) // held
         threads = min(MAX_THREADS, max(warp_size, rows * block // elements_per_thread))
