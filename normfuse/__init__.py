@@ -7,16 +7,20 @@ from normfuse.backend import options
 from normfuse.explain import assert_fused, explain
 from normfuse.ops import (
     AddRMSNorm,
+    DualRMSNormAddRMSNorm,
     QKRMSNorm,
     RMSNormAddRMSNorm,
     RoundingPlan,
     add_rms_norm,
+    dual_rms_norm_add,
+    dual_rms_norm_add_rms_norm,
     l2_norm,
     qk_rms_norm,
     qk_rms_norm_rope,
     rms_norm,
     rms_norm_add,
     rms_norm_add_rms_norm,
+    rms_norms,
 )
 from normfuse.report import Report, Site
 
@@ -27,6 +31,7 @@ except PackageNotFoundError:  # a source tree that was never installed
 
 __all__ = [
     "AddRMSNorm",
+    "DualRMSNormAddRMSNorm",
     "QKRMSNorm",
     "RMSNormAddRMSNorm",
     "Report",
@@ -34,6 +39,8 @@ __all__ = [
     "Site",
     "add_rms_norm",
     "assert_fused",
+    "dual_rms_norm_add",
+    "dual_rms_norm_add_rms_norm",
     "explain",
     "l2_norm",
     "options",
@@ -42,5 +49,6 @@ __all__ = [
     "rms_norm",
     "rms_norm_add",
     "rms_norm_add_rms_norm",
+    "rms_norms",
     "testing",
 ]

@@ -68,6 +68,18 @@ class Gemma4WeightlessNorm(nn.Module):
         return (float_states * torch.pow(mean_squared, -0.5)).type_as(hidden_states)
 
 
+class Gemma4RMSNorm(Gemma4WeightlessNorm):
+    """`Gemma4RMSNorm`: `pow(-0.5)`, and one rounding after the weight."""
+
+    def __init__(self, width=WIDTH, eps=1e-6):
+        super().__init__(eps)
+        self.weight = nn.Parameter(torch.rand(width) + 0.5)
+
+    def forward(self, hidden_states):
+        normed_output = super().forward(hidden_states.float())
+        return (normed_output * self.weight.float()).type_as(hidden_states)
+
+
 class LlamaBlock(nn.Module):
     """The second half of `LlamaDecoderLayer`: add, norm, branch, add."""
 
@@ -118,6 +130,63 @@ class Gemma4Block(nn.Module):
         hidden_states = residual + hidden_states
         hidden_states *= self.layer_scalar
         return self.input_layernorm(hidden_states), hidden_states
+
+
+class Gemma4ExpertNorms(nn.Module):
+    """`Gemma4TextDecoderLayer` with experts, its middle: three norms read the residual."""
+
+    def __init__(self):
+        super().__init__()
+        self.post_attention_layernorm = Gemma4RMSNorm()
+        self.pre_feedforward_layernorm = Gemma4RMSNorm()
+        self.router_norm = Gemma4WeightlessNorm()
+        self.scale = nn.Parameter(torch.rand(WIDTH) + 0.5)
+        self.scalar_root_size = WIDTH**-0.5
+        self.pre_feedforward_layernorm_2 = Gemma4RMSNorm()
+
+    def forward(self, hidden_states, residual):
+        hidden_states = self.post_attention_layernorm(hidden_states)
+        hidden_states = residual + hidden_states
+        residual = hidden_states
+        hidden_states = self.pre_feedforward_layernorm(hidden_states)
+        hidden_states_flat = residual.reshape(-1, residual.shape[-1])
+        router = self.router_norm(hidden_states_flat) * self.scale * self.scalar_root_size
+        hidden_states_2 = self.pre_feedforward_layernorm_2(hidden_states_flat)
+        return hidden_states, router, hidden_states_2, residual
+
+
+class Gemma4ExpertsBlock(nn.Module):
+    """`Gemma4TextDecoderLayer` with experts, its end, and the norm that begins the next layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.post_feedforward_layernorm_1 = Gemma4RMSNorm()
+        self.post_feedforward_layernorm_2 = Gemma4RMSNorm()
+        self.post_feedforward_layernorm = Gemma4RMSNorm()
+        self.register_buffer("layer_scalar", torch.full((1,), 0.7))
+        self.input_layernorm = Gemma4RMSNorm()
+
+    def forward(self, hidden_states, hidden_states_2, residual):
+        hidden_states_1 = self.post_feedforward_layernorm_1(hidden_states)
+        hidden_states_2 = self.post_feedforward_layernorm_2(hidden_states_2)
+        hidden_states = hidden_states_1 + hidden_states_2
+        hidden_states = self.post_feedforward_layernorm(hidden_states)
+        hidden_states = residual + hidden_states
+        hidden_states *= self.layer_scalar
+        return self.input_layernorm(hidden_states), hidden_states
+
+
+class SumOfTwoNorms(nn.Module):
+    """A plain sum that two norms read, before two branches."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention_norm = LlamaRMSNorm()
+        self.mlp_norm = LlamaRMSNorm()
+
+    def forward(self, hidden_states, residual):
+        hidden_states = residual + hidden_states
+        return self.attention_norm(hidden_states), self.mlp_norm(hidden_states), hidden_states
 
 
 class GraniteBlock(nn.Module):

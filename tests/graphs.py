@@ -41,6 +41,12 @@ def after_each_pass(block, *inputs, dynamic=False, **options):
     return "".join(f"{stage}:\n{texts[stage]}\n" for stage in STAGES.values())
 
 
+def ops_in(text):
+    """The names of our ops in a graph's code, in its order."""
+    lines = [line for line in text.splitlines() if "torch.ops.normfuse." in line]
+    return [line.split("normfuse.")[1].split(".")[0] for line in lines]
+
+
 def render(graph):
     """One line a node, without placeholders: `name = op(arguments)`."""
     return "\n".join(

@@ -9,7 +9,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import normfuse
 from normfuse.explain import explain_with
-from normfuse.ops import ADD_RMS_NORM, RMS_NORM
+from normfuse.ops import (
+    ADD_RMS_NORM,
+    DUAL_RMS_NORM_ADD,
+    DUAL_RMS_NORM_ADD_RMS_NORM,
+    RMS_NORM,
+    RMS_NORMS,
+)
 from normfuse.passes import lower
 from normfuse.settings import Settings
 from tests import blocks
@@ -93,6 +99,35 @@ class TestTriton:
         graph = lowered(add_norm, (4, 8), (4, 8), (8,))
         (launch,) = [node for node in graph.nodes if "triton" in str(node.target)]
         assert launch.kwargs["tensors_to_clone"] == ["y_ptr", "total_ptr"]
+
+    def test_the_norms_of_one_value_are_one_launch(self):
+        def norms(x, v, w):
+            plans = [LLAMA, "f32 unit=f32>bf16 out=bf16", LLAMA]
+            return RMS_NORMS(x, [v, w], 1e-6, [0.0] * 3, [1.0, 0.3, 1.0], plans)[:3]
+
+        graph = lowered(norms, (4, 8), (8,), (8,))
+        (launch,) = [node for node in graph.nodes if "triton" in str(node.target)]
+        assert launch.kwargs["tensors_to_clone"] == ["y_1_ptr", "y_2_ptr", "y_3_ptr"]
+        assert not {"weight_2_ptr", "y_4_ptr", "rstd_ptr"} & set(launch.kwargs["kwargs"])
+
+    def test_the_end_of_a_layer_and_the_next_norm_are_one_launch(self):
+        def end(x_1, x_2, residual, scale, *weights):
+            scales, norms = (None, scale, None, None), (1e-6, 0.0, LLAMA) * 4
+            return DUAL_RMS_NORM_ADD_RMS_NORM(x_1, x_2, residual, *weights, *scales, *norms)[:2]
+
+        graph = lowered(end, *[(4, 8)] * 3, (1,), *[(8,)] * 4)
+        (launch,) = [node for node in graph.nodes if "triton" in str(node.target)]
+        assert launch.kwargs["tensors_to_clone"] == ["y_ptr", "total_ptr"]
+
+    def test_the_end_of_a_layer_without_a_next_norm(self):
+        def end(x_1, x_2, residual, *weights):
+            norms = (1e-6, 0.0, LLAMA) * 3
+            return DUAL_RMS_NORM_ADD(x_1, x_2, residual, *weights, *[None] * 4, *norms)[0]
+
+        graph = lowered(end, *[(4, 8)] * 3, *[(8,)] * 3)
+        (launch,) = [node for node in graph.nodes if "triton" in str(node.target)]
+        assert launch.kwargs["tensors_to_clone"] == ["total_ptr"]
+        assert not {"y_ptr", "weight_4_ptr"} & set(launch.kwargs["kwargs"])
 
     def test_layers_share_one_trace_but_no_storage(self):
         def two_layers(x, residual, weight):

@@ -1,6 +1,12 @@
 """The ops of namespace `normfuse::`, their meaning in plain torch, and their eager functions."""
 
 from normfuse.ops.add_rms_norm import ADD_RMS_NORM, AddRMSNorm, add_rms_norm
+from normfuse.ops.dual_rms_norm_add import DUAL_RMS_NORM_ADD, dual_rms_norm_add
+from normfuse.ops.dual_rms_norm_add_rms_norm import (
+    DUAL_RMS_NORM_ADD_RMS_NORM,
+    DualRMSNormAddRMSNorm,
+    dual_rms_norm_add_rms_norm,
+)
 from normfuse.ops.l2_norm import L2_NORM, l2_norm
 from normfuse.ops.qk_rms_norm import QK_RMS_NORM, QKRMSNorm, qk_rms_norm
 from normfuse.ops.qk_rms_norm_rope import QK_RMS_NORM_ROPE, qk_rms_norm_rope
@@ -11,27 +17,35 @@ from normfuse.ops.rms_norm_add_rms_norm import (
     RMSNormAddRMSNorm,
     rms_norm_add_rms_norm,
 )
+from normfuse.ops.rms_norms import RMS_NORMS, rms_norms
 from normfuse.ops.rotation import Rotation
 from normfuse.ops.rounding import RoundingPlan
 
 __all__ = [
     "ADD_RMS_NORM",
+    "DUAL_RMS_NORM_ADD",
+    "DUAL_RMS_NORM_ADD_RMS_NORM",
     "L2_NORM",
     "QK_RMS_NORM",
     "QK_RMS_NORM_ROPE",
     "RMS_NORM",
+    "RMS_NORMS",
     "RMS_NORM_ADD",
     "RMS_NORM_ADD_RMS_NORM",
     "AddRMSNorm",
+    "DualRMSNormAddRMSNorm",
     "QKRMSNorm",
     "RMSNormAddRMSNorm",
     "Rotation",
     "RoundingPlan",
     "add_rms_norm",
+    "dual_rms_norm_add",
+    "dual_rms_norm_add_rms_norm",
     "l2_norm",
     "qk_rms_norm",
     "qk_rms_norm_rope",
     "rms_norm",
     "rms_norm_add",
     "rms_norm_add_rms_norm",
+    "rms_norms",
 ]

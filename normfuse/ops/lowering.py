@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -10,6 +11,16 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from normfuse.ops.add_rms_norm import ADD_RMS_NORM, add_rms_norm_reference
+from normfuse.ops.dual_rms_norm_add import (
+    DUAL_RMS_NORM_ADD,
+    dual_rms_norm_add_reference,
+    parsed,
+    split_norms,
+)
+from normfuse.ops.dual_rms_norm_add_rms_norm import (
+    DUAL_RMS_NORM_ADD_RMS_NORM,
+    dual_rms_norm_add_rms_norm_reference,
+)
 from normfuse.ops.l2_norm import L2_NORM, l2_norm_reference
 from normfuse.ops.qk_rms_norm import (
     QK_RMS_NORM,
@@ -25,17 +36,21 @@ from normfuse.ops.rms_norm_add_rms_norm import (
     RMS_NORM_ADD_RMS_NORM,
     rms_norm_add_rms_norm_reference,
 )
+from normfuse.ops.rms_norms import RMS_NORMS, rms_norms_reference, weight_of_each
 from normfuse.ops.rotation import Rotation
 from normfuse.ops.rounding import RoundingPlan
 
 _REFERENCES: dict[Any, Callable[..., Any]] = {
     RMS_NORM: rms_norm_reference,
+    RMS_NORMS: rms_norms_reference,
     L2_NORM: l2_norm_reference,
     ADD_RMS_NORM: add_rms_norm_reference,
     RMS_NORM_ADD: rms_norm_add_reference,
     RMS_NORM_ADD_RMS_NORM: rms_norm_add_rms_norm_reference,
     QK_RMS_NORM: qk_rms_norm_reference,
     QK_RMS_NORM_ROPE: qk_rms_norm_rope_reference,
+    DUAL_RMS_NORM_ADD: dual_rms_norm_add_reference,
+    DUAL_RMS_NORM_ADD_RMS_NORM: dual_rms_norm_add_rms_norm_reference,
 }
 
 
@@ -83,6 +98,15 @@ def _launch_rms_norm(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
     x, weight, eps_tensor, eps, offset, plan = arguments
     steps = RoundingPlan.parse(plan)
     return launch(x, weight, eps_tensor, eps, offset, steps, store_rstd=used[1], wrap=wrap)
+
+
+def _launch_rms_norms(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
+    from normfuse.ops.kernels.rms_norms import launch
+
+    x, weights, eps, offsets, scales, plans = arguments
+    steps = [RoundingPlan.parse(plan) for plan in plans]
+    each = weight_of_each(weights, plans)
+    return launch(x, each, eps, offsets, scales, steps, stored=used, wrap=wrap)
 
 
 def _launch_l2_norm(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
@@ -170,12 +194,25 @@ def _launch_qk_rms_norm_rope(wrap: Any, used: tuple[bool, ...], *arguments: Any)
     return launch(xs, *norms, stores=used, wrap=wrap)
 
 
+def _launch_dual(num_norms: int, wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
+    from normfuse.ops.kernels.dual_rms_norm_add import launch
+
+    x_1, x_2, residual = arguments[:3]
+    weights = arguments[3 : 3 + num_norms]
+    scales, *norms = split_norms(arguments[3 + num_norms :])
+    factors, steps = Scales(*scales), parsed(norms)
+    return launch(x_1, x_2, residual, weights, factors, steps, stored=used, wrap=wrap)
+
+
 _LAUNCHES: dict[Any, Callable[..., Any]] = {
     RMS_NORM: _launch_rms_norm,
+    RMS_NORMS: _launch_rms_norms,
     L2_NORM: _launch_l2_norm,
     ADD_RMS_NORM: _launch_add_rms_norm,
     RMS_NORM_ADD: _launch_rms_norm_add,
     RMS_NORM_ADD_RMS_NORM: _launch_rms_norm_add_rms_norm,
     QK_RMS_NORM: _launch_qk_rms_norm,
     QK_RMS_NORM_ROPE: _launch_qk_rms_norm_rope,
+    DUAL_RMS_NORM_ADD: partial(_launch_dual, 3),
+    DUAL_RMS_NORM_ADD_RMS_NORM: partial(_launch_dual, 4),
 }

@@ -100,6 +100,11 @@ class RoundingPlan:
         """The same roundings with another mean."""
         return replace(self, mean=mean)
 
+    @property
+    def statistic(self) -> tuple[torch.dtype, str, str]:
+        """What the inverse root is made with: plans that agree here can share one."""
+        return self.compute, self.mean, self.root
+
     def fast(self) -> RoundingPlan:
         """The same norm with one rounding only, at the result (`numerics="fast"`)."""
         wide = torch.promote_types(self.compute, torch.float32)

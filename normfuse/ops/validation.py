@@ -39,15 +39,17 @@ def check_weight(name: str, weight: torch.Tensor | None, x: torch.Tensor) -> Non
     check_device(name, weight, x)
 
 
-def check_residual(residual: torch.Tensor, x: torch.Tensor) -> None:
+def check_residual(
+    residual: torch.Tensor, x: torch.Tensor, name: str = "residual", other: str = "x"
+) -> None:
     """`residual` must be a floating tensor of the shape and device of `x`."""
-    check_activation("residual", residual)
+    check_activation(name, residual)
     if residual.shape != x.shape:
         raise ValueError(
-            f"residual must have the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}: "
-            "expand it before the call"
+            f"{name} must have the shape of {other}, {tuple(x.shape)}, "
+            f"got {tuple(residual.shape)}: expand it before the call"
         )
-    check_device("residual", residual, x)
+    check_device(name, residual, x)
 
 
 def check_scale(name: str, scale: float | torch.Tensor | None, x: torch.Tensor) -> None:

@@ -2,23 +2,32 @@
 
 from normfuse.patterns import (
     add_rms_norm,
+    dual_rms_norm_add,
+    dual_rms_norm_add_rms_norm,
     l2_norm,
     qk_rms_norm,
     qk_rms_norm_rope,
     rms_norm,
     rms_norm_add,
     rms_norm_add_rms_norm,
+    rms_norms,
 )
 
 # Each takes what the other leaves.
 RECOGNISE = (rms_norm.RULE, l2_norm.RULE)
 
 # Each rule builds on the results of those before it, so that every chain ends as long as it can: a
-# sandwich is a `rms_norm_add` that a norm follows. `add_rms_norm` comes last, because it takes any
-# sum that is still there; a norm after RoPE, whose input is a sum, is taken before.
+# sandwich is a `rms_norm_add` that a norm follows. The heads of an attention come first, before
+# `rms_norms` would take k and v where they are one tensor. `dual_rms_norm_add` comes before
+# `rms_norm_add`, which would take one of the two norms with the sum of both. `rms_norms` takes all
+# norms of a value before a chain takes one of them for itself. `add_rms_norm` comes last, because
+# it takes any sum that is still there; a norm after RoPE, whose input is a sum, is taken before.
 COMPOSE = (
     qk_rms_norm_rope.RULE,
+    dual_rms_norm_add.RULE,
     rms_norm_add.RULE,
+    rms_norms.RULE,
+    dual_rms_norm_add_rms_norm.RULE,
     rms_norm_add_rms_norm.RULE,
     qk_rms_norm.RULE,
     add_rms_norm.RULE,

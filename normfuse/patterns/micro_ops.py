@@ -248,6 +248,16 @@ def same_sizes(left: Sequence[Any], right: Sequence[Any]) -> bool:
     )
 
 
+def keeps_rows(view: Node, source: Node) -> bool:
+    """A view that keeps the last axis, and whose arguments are plain numbers."""
+    before, after = fake_of(source), fake_of(view)
+    return (
+        view.all_input_nodes == [source]
+        and same_sizes(before.shape[-1:], after.shape[-1:])
+        and same_sizes((before.numel(),), (after.numel(),))
+    )
+
+
 def source_of(value: Operand | None, kind: Kind) -> Node | None:
     """The operand of a node of this kind: `source_of(x.float(), CAST)` is `x`."""
     op = micro_op(value)

@@ -142,7 +142,7 @@ def rewrite(norm: Norm, context: Context) -> Node:
         norm.rstd.replace_all_uses_with(result(context, op, 1))
     value = result(context, op, 0)
     for view in norm.views:
-        value = _repeat_view(view, value, norm.last, context)
+        value = repeat_view(view, value, norm.last, context)
     norm.last.replace_all_uses_with(value)
     erase(norm.nodes)
     return op
@@ -177,9 +177,9 @@ def _fake_results(norm: Norm, context: Context) -> tuple[torch.Tensor, torch.Ten
     return y, rstd
 
 
-def _repeat_view(view: Node, value: Node, last: Node, context: Context) -> Node:
-    """The same view of the op's result."""
-    with context.graph.inserting_before(last):
+def repeat_view(view: Node, value: Node, before: Node, context: Context) -> Node:
+    """The same view of an op's result."""
+    with context.graph.inserting_before(before):
         copy = context.graph.node_copy(view, lambda _: value)
     with fake_mode(value):
         copy.meta[context.fake_key] = fake_of(value).reshape(fake_of(view).shape)

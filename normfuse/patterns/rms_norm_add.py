@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import cast
+
+from torch._ops import OpOverload
 from torch.fx import Node
 
 from normfuse.ops import RMS_NORM, RMS_NORM_ADD
@@ -14,7 +17,7 @@ def _apply(node: Node, context: Context) -> Node | None:
     if node.target is RMS_NORM:
         return _add_after_norm(node, context)
     if node.target is RMS_NORM_ADD:
-        return _scale_after_sum(node, context)
+        return scale_after_sum(node, context)
     return None
 
 
@@ -38,23 +41,28 @@ def _add_after_norm(node: Node, context: Context) -> Node | None:
     return fused
 
 
-def _scale_after_sum(node: Node, context: Context) -> Node | None:
-    """A factor out of reach before autograd: Gemma 4 scales its sum in place."""
-    x, residual, weight, branch_tensor, total_tensor, branch, total_number, *norm = node.args
+def scale_after_sum(node: Node, context: Context) -> Node | None:
+    """A factor of a sum that was out of reach before autograd: Gemma 4 scales its sum in place.
+
+    The sum is the first result of the op, and its factor two arguments of it.
+    """
     total = existing_result(node, 0)
-    if total is None or total_tensor is not None or total_number is not None:
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    places = names.index("total_scale_tensor"), names.index("total_scale")
+    if total is None or any(node.args[place] is not None for place in places):
         return None
     (user, *others) = total.users
     unscaled = scaled_by(user)
-    if others or unscaled is None or existing_result(node, 1):
+    if others or unscaled is None or any(user is not total for user in node.users if user.users):
         return None
     context.mutations.forbid_between((node, user))
-    scale = unscaled[1]
+    scale, arguments = unscaled[1], list(node.args)
+    arguments[places[0]], arguments[places[1]] = scale.tensor, scale.number
     fused = emit(
         context,
-        RMS_NORM_ADD,
-        (x, residual, weight, branch_tensor, scale.tensor, branch, scale.number, *norm),
-        (fake_of(user), fakes_of(context, node)[1]),
+        cast(OpOverload, node.target),
+        tuple(arguments),
+        (fake_of(user), *fakes_of(context, node)[1:]),
         before=user,
         like=node,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from torch._ops import OpOverload
 from torch.fx import Node
 
 from normfuse.ops import RMS_NORM, RMS_NORM_ADD, RMS_NORM_ADD_RMS_NORM
@@ -18,42 +19,55 @@ from normfuse.patterns.rule import (
 
 
 def _apply(node: Node, context: Context) -> Node | None:
+    return norm_after_sum(node, context, RMS_NORM_ADD, RMS_NORM_ADD_RMS_NORM)
+
+
+def norm_after_sum(
+    node: Node, context: Context, first_op: OpOverload, op: OpOverload
+) -> Node | None:
+    """The norm `node` of the sum that `first_op` returns, joined with it to `op`.
+
+    `op` takes the arguments of `first_op`, the weight of the norm behind the other weights and the
+    rest of the norm at the end; it returns y, then what `first_op` returns, then the rstd of y.
+    """
     if node.target is not RMS_NORM:
         return None
-    total, weight_2, eps_tensor, *norm_2 = node.args
-    first = _sum_behind(total)
-    if first is None or eps_tensor is not None or existing_result(first, 1):
+    total, weight, eps_tensor, *norm = node.args
+    first = _sum_behind(total, first_op)
+    if first is None or eps_tensor is not None:
+        return None
+    if any(user is not total for user in first.users if user.users):
         return None
     assert isinstance(total, Node)
-    x, residual, weight_1, *scales_and_norm_1 = first.args
+    num_tensors = [argument.name for argument in first_op._schema.arguments].index(
+        "branch_scale_tensor"
+    )
     context.mutations.forbid_between((first, total, node))
     users = [user for user in total.users if user is not node]
+    y, rstd = fakes_of(context, node)
     fused = emit(
         context,
-        RMS_NORM_ADD_RMS_NORM,
-        (x, residual, weight_1, weight_2, *scales_and_norm_1, *norm_2),
-        (
-            fakes_of(context, node)[0],
-            fakes_of(context, first)[0],
-            fakes_of(context, first)[1],
-            fakes_of(context, node)[1],
-        ),
-        before=insertion_point([weight_2], first, users),
+        op,
+        (*first.args[:num_tensors], weight, *first.args[num_tensors:], *norm),
+        (y, *fakes_of(context, first), rstd),
+        before=insertion_point([weight], first, users),
         like=node,
     )
-    for index, old in ((0, existing_result(node, 0)), (3, existing_result(node, 1)), (1, total)):
+    last = len(fakes_of(context, fused)) - 1
+    olds = ((0, existing_result(node, 0)), (last, existing_result(node, 1)), (1, total))
+    for index, old in olds:
         if old is not None:
             old.replace_all_uses_with(result(context, fused, index))
     erase((first, total, node))
     return fused
 
 
-def _sum_behind(total: object) -> Node | None:
-    """The `rms_norm_add` whose sum is `total`."""
+def _sum_behind(total: object, op: OpOverload) -> Node | None:
+    """The call of `op` whose sum is `total`."""
     if not isinstance(total, Node) or not total.args or not isinstance(total.args[0], Node):
         return None
     first = total.args[0]
-    return first if first.target is RMS_NORM_ADD and total is existing_result(first, 0) else None
+    return first if first.target is op and total is existing_result(first, 0) else None
 
 
 RULE = Rule(

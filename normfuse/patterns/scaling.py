@@ -19,6 +19,7 @@ from normfuse.patterns.micro_ops import (
     Operand,
     dtype,
     fake_of,
+    keeps_rows,
     micro_op,
     pairs,
     same_sizes,
@@ -226,7 +227,7 @@ def _extend(scaling: Scaling, is_weightless: bool) -> Scaling | None:
         return None
     if op.kind is Kind.CAST:
         return _with_cast(scaling, user)
-    if op.kind is Kind.VIEW and _keeps_rows(user, scaling.last):
+    if op.kind is Kind.VIEW and keeps_rows(user, scaling.last):
         return replace(
             scaling, last=user, views=(*scaling.views, user), nodes=(*scaling.nodes, user)
         )
@@ -255,16 +256,6 @@ def _rounds_once(unit: tuple[torch.dtype, ...], target: torch.dtype) -> bool:
     """Whether casting further to `target` still leaves one rounding after the product."""
     rounded = [second for first, second in pairwise(unit) if not is_exact_cast(first, second)]
     return len(unit) < 3 and (is_exact_cast(unit[-1], target) or not rounded)
-
-
-def _keeps_rows(view: Node, source: Node) -> bool:
-    """A view that keeps the last axis, and whose arguments are plain numbers."""
-    if any(isinstance(argument, Node) for argument in view.args[1:]):
-        return False
-    before, after = fake_of(source), fake_of(view)
-    return same_sizes(before.shape[-1:], after.shape[-1:]) and same_sizes(
-        (before.numel(),), (after.numel(),)
-    )
 
 
 def _with_weight(scaling: Scaling, product: Node, factor: Operand) -> Scaling | None:

@@ -114,7 +114,7 @@ def test_casts_a_scale_of_no_dimension_before_it_multiplies(stem):
         torch.tensor(0.22), torch.tensor(1.3)
     )  # float32, which eager rounds to bfloat16
     chain = Chain(stem, integers(4, 64), random(4, 64), random(64), scales)
-    total = {"rms_norm_add": 0, "rms_norm_add_rms_norm": 1}[stem]
+    total = 0 if stem.endswith("add") else 1
 
     results = chain.launch(0.0, 1.0, llama(BF16))
 
@@ -138,9 +138,10 @@ def test_mixed_types(stem, x, residual, weight):
 
 
 @pytest.mark.parametrize("view", VIEWS)
-def test_takes_rows_of_any_strides(view):
+@pytest.mark.parametrize("stem", STEMS[:2])
+def test_takes_rows_of_any_strides(stem, view):
     x = VIEWS[view]()
-    chain = Chain("rms_norm", x, x, random(64))
+    chain = Chain(stem, x, x, random(64))
 
     results = chain.launch(EPS, 1.0, llama(BF16))
 
@@ -149,7 +150,7 @@ def test_takes_rows_of_any_strides(view):
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-@pytest.mark.parametrize("stem", STEMS[1:])
+@pytest.mark.parametrize("stem", STEMS[2:])
 def test_takes_two_operands_of_any_strides(stem, pair):
     chain = Chain(stem, *PAIRS[pair](), random(64))
 

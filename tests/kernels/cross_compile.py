@@ -14,10 +14,13 @@ from triton.compiler import ASTSource
 
 from normfuse.ops.kernels import (
     add_rms_norm,
+    dual_rms_norm_add,
+    dual_rms_norm_add_rms_norm,
     qk_rms_norm_rope,
     rms_norm,
     rms_norm_add,
     rms_norm_add_rms_norm,
+    rms_norms,
 )
 from normfuse.ops.kernels.tile import Launch
 from normfuse.ops.residual_sum import Scales
@@ -33,9 +36,12 @@ TARGETS = {
 }
 KERNELS = {
     "rms_norm": rms_norm,
+    "rms_norms": rms_norms,
     "add_rms_norm": add_rms_norm,
     "rms_norm_add": rms_norm_add,
     "rms_norm_add_rms_norm": rms_norm_add_rms_norm,
+    "dual_rms_norm_add": dual_rms_norm_add,
+    "dual_rms_norm_add_rms_norm": dual_rms_norm_add_rms_norm,
 }
 _POINTERS = {
     torch.float64: "*fp64",
@@ -84,10 +90,18 @@ def compile_kernel(
     gpu, recorder = TARGETS[target], _Recorder()
     x = torch.empty(64, width, dtype=dtype, device="meta")
     weight = torch.empty(width, dtype=dtype, device="meta")
-    tile = Launch.for_shape(width, dtype, warp_size=gpu.warp_size)
+    held = getattr(KERNELS[stem], "HELD", 1)
+    tile = Launch.for_shape(width, dtype, held=held, warp_size=gpu.warp_size)
     norm, settings = (1e-6, 1.0, plan), {"tile": tile, "wrap": recorder}
     if stem == "rms_norm":
         rms_norm.launch(x, weight, None, *norm, **settings)
+    elif stem == "rms_norms":
+        weights, offsets, scales = [weight] * 3, [1.0] * 3, [1.0, 0.5, 1.0]  # as in Gemma 4
+        rms_norms.launch(x, weights, 1e-6, offsets, scales, [plan] * 3, **settings)
+    elif stem.startswith("dual"):
+        count = 4 if stem.endswith("norm") else 3
+        weights, norms = [weight] * count, [norm] * count
+        KERNELS[stem].launch(x, x, x, weights, Scales(), norms, **settings)
     elif stem == "rms_norm_add_rms_norm":
         weights = (weight, weight)
         rms_norm_add_rms_norm.launch(x, x, *weights, Scales(), *norm, *norm, **settings)

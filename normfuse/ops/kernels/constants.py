@@ -25,10 +25,16 @@ NAMES = {
 def norm_constants(
     plan: RoundingPlan, eps: float, offset: float, suffix: str = ""
 ) -> dict[str, Any]:
-    """The constants of one norm; `suffix` tells two norms of a kernel apart.
+    """The constants of one norm; `suffix` tells two norms of a kernel apart."""
+    constants = {"EPS": float(eps), "OFFSET": float(offset), "PLAN": plan_text(plan)}
+    return {name + suffix: value for name, value in constants.items()}
 
-    PLAN is the rounding plan as `row.step` reads it. In it `form` is the type in which x meets its
-    root, `unit` that of the one cast after it that rounds, `product` that of the weighted value.
+
+def plan_text(plan: RoundingPlan) -> str:
+    """A rounding plan as `row.step` reads it.
+
+    In it `form` is the type in which x meets its root, `unit` that of the one cast after it that
+    rounds, `product` that of the weighted value.
     """
     form, last = plan.unit[0], plan.unit[-1]
     narrowing = [b for a, b in pairwise(plan.unit) if torch.promote_types(a, b) != b]
@@ -46,8 +52,7 @@ def norm_constants(
     }
     if weight is not None and factor is not None and product is not None:
         steps |= {"weight": NAMES[weight], "factor": NAMES[factor], "product": NAMES[product]}
-    constants = {"EPS": float(eps), "OFFSET": float(offset), "PLAN": text(steps)}
-    return {name + suffix: value for name, value in constants.items()}
+    return text(steps)
 
 
 def text(steps: dict[str, str]) -> str:

@@ -14,7 +14,7 @@ WARP_SIZE = 64 if torch.version.hip else 32
 MAX_THREADS = 1024
 # The widest row that a program takes at once, half of it in float64: the last widths at which
 # no kernel spills registers on sm_90 (tests/kernels/test_cross_compile.py). At 65536 rms_norm would
-# spill 128 bytes a thread and the sandwich 456.
+# spill 128 bytes a thread and the sandwich 456; a kernel that holds two rows would at 32768.
 MAX_BLOCK = 32768
 
 
@@ -31,14 +31,19 @@ class Launch:
     num_warps: int
 
     @classmethod
-    def for_shape(cls, cols: int, dtype: torch.dtype, *, warp_size: int = WARP_SIZE) -> Launch:
-        """The tile for rows of `cols` elements held in `dtype`; rows too wide go in chunks."""
+    def for_shape(
+        cls, cols: int, dtype: torch.dtype, *, held: int = 1, warp_size: int = WARP_SIZE
+    ) -> Launch:
+        """The tile for rows of `cols` elements held in `dtype`; rows too wide go in chunks.
+
+        `held` is how many rows a program has in its registers at once: more threads share them.
+        """
         is_double = dtype == torch.float64
         block = triton.next_power_of_2(cols)
-        if block > (MAX_BLOCK // 2 if is_double else MAX_BLOCK):
-            block = 4096 if is_double else 8192
+        if block > (MAX_BLOCK // 2 if is_double else MAX_BLOCK) // held:
+            block = (4096 if is_double else 8192) // held
         rows = min(64, 2048 // block) if block <= 512 else 1
-        elements_per_thread = 8 if is_double else 16
+        elements_per_thread = (8 if is_double else 16) // held
         threads = min(MAX_THREADS, max(warp_size, rows * block // elements_per_thread))
         return cls(rows, block, threads // warp_size)
 
