@@ -81,6 +81,18 @@ def test_in_place_write_on_the_way_in_inference():
     )
 
 
+def test_in_place_write_to_what_the_backward_needs():
+    def norm(x):
+        residual = x * 2
+        h = residual.float()
+        residual += (h * inverse_rms(h)).to(x.dtype)
+        return residual
+
+    assert declined(norm, activation(2).requires_grad_(), grad=True) == (
+        "a value that its backward needs is changed in place by `iadd` afterwards"
+    )
+
+
 def test_in_place_write_through_a_view():
     def norm(x, scale):
         h = x * 2

@@ -78,8 +78,10 @@ def emit(
     """Insert a call of `op` before a node; it keeps the place in the model of `like`.
 
     Raises:
-        Decline: the op's results would have other strides than `fakes`.
+        Decline: the op's results would have other strides than `fakes`, or an operand that its
+            backward needs is written to later.
     """
+    context.mutations.forbid_after(before, [a for a in arguments if isinstance(a, Node)])
     _check_layout(op, arguments, fakes)
     with context.graph.inserting_before(before):
         node = context.graph.call_function(op, arguments)
