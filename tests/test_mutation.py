@@ -92,5 +92,32 @@ def test_writes_keep_their_place(block):
     assert all(torch.equal(mine, other) for mine, other in values)
 
 
+def residual_grows_after_its_norm(x, weight):
+    residual = x * 2
+    residual += norm(residual.float()).to(x.dtype) * weight
+    return residual
+
+
+def unit_changes_between_two_uses(x, weight):
+    unit = norm(x.float()).view(-1, WIDTH)
+    variance = unit.pow(2).mean(-1, keepdim=True).detach()
+    unit.mul_(2)
+    return unit * torch.rsqrt(variance + EPS) * weight
+
+
+@pytest.mark.parametrize(
+    "block",
+    [residual_grows_after_its_norm, unit_changes_between_two_uses],
+    ids=lambda b: b.__name__,
+)
+def test_writes_keep_their_place_in_training(block):
+    x, weight = activation(2).requires_grad_(), torch.randn(WIDTH).bfloat16().requires_grad_()
+    eager = block(x, weight)
+    rewritten = capture(block, lowering="op")(x, weight)
+    assert torch.equal(rewritten, eager)
+    gradients = [torch.autograd.grad(y.sum(), (x, weight)) for y in (rewritten, eager)]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*gradients, strict=True))
+
+
 def flat(value):
     return value if isinstance(value, tuple) else (value,)

@@ -81,6 +81,18 @@ def test_in_place_write_on_the_way_in_inference():
     )
 
 
+def test_in_place_write_to_what_the_backward_needs():
+    def norm(x):
+        residual = x * 2
+        h = residual.float()
+        residual += (h * inverse_rms(h)).to(x.dtype)
+        return residual
+
+    assert declined(norm, activation(2).requires_grad_(), grad=True) == (
+        "a value that its backward needs is changed in place by `iadd` afterwards"
+    )
+
+
 def test_in_place_write_through_a_view():
     def norm(x, scale):
         h = x * 2
@@ -119,6 +131,44 @@ def test_reduction_over_two_axes():
 
     assert declined(norm, activation(3, 2)) == (
         "the squares are reduced over dimensions [1, 2] of 3, not over the last one alone"
+    )
+
+
+def test_mean_without_its_axis():
+    def norm(x):
+        return x * torch.rsqrt(x.pow(2).mean(-1) + EPS)
+
+    assert declined(norm, activation(WIDTH)) == (
+        "the inverse root of shape (8,) multiplies (8, 8): that is not one number per row"
+    )
+
+
+def test_inverse_root_expanded_over_the_wrong_axis():
+    def norm(x):
+        return x * torch.rsqrt(x.pow(2).mean(-1) + EPS).expand(WIDTH, WIDTH)
+
+    assert declined(norm, activation(WIDTH)) == (
+        "no product of the squared value and its inverse root follows the statistic"
+    )
+
+
+def test_mean_with_its_axis_in_front():
+    def norm(x):
+        return x * torch.rsqrt(x.pow(2).mean(-1).unsqueeze(0) + EPS)
+
+    assert declined(norm, activation(WIDTH)) == (
+        "the mean of the squares of (8, 8) has shape (1, 8) on its way: "
+        "that is not one number per row"
+    )
+
+
+def test_squares_reshaped_before_their_mean():
+    def norm_of_half_rows(x):
+        variance = x.pow(2).view(4, 4).mean(-1).view(2, 2, 1).expand(2, 2, 4)
+        return x * torch.rsqrt(variance + EPS).reshape(2, WIDTH)
+
+    assert declined(norm_of_half_rows, activation(2)) == (
+        "the squares of (2, 8) are summed as (4, 4): they are reshaped before their mean"
     )
 
 

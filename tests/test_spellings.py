@@ -174,6 +174,12 @@ def sum_scaled(x):
 
 
 @weightless
+def sum_unsqueezed_then_divided(x):
+    h = x.float()
+    return h * torch.rsqrt(h.pow(2).sum(-1).unsqueeze(-1) / WIDTH + EPS)
+
+
+@weightless
 def unsqueezed(x):
     h = x.float()
     return h * torch.rsqrt(h.pow(2).mean(-1).unsqueeze(-1) + EPS)
@@ -236,8 +242,8 @@ def rounded_inverse_root_used_again(x):
     return x * rstd, rstd
 
 
-def check(function, *inputs):
-    with torch.no_grad():
+def check(function, *inputs, grad=False):
+    with torch.set_grad_enabled(grad):
         eager = as_tuple(function(*inputs))
         report = explain_with(function, inputs, options={"normfuse.lowering": "op"})
         rewritten = as_tuple(capture(function, lowering="op")(*inputs))
@@ -281,6 +287,10 @@ def test_with_mixed_types(spelling, x, weight):
 @pytest.mark.parametrize("shape", [(), (3,), (2, 1, 3), (2, 3, 4, 5)], ids=str)
 def test_with_any_rank(shape):
     check(llama, torch.randn(*shape, WIDTH).bfloat16(), torch.randn(WIDTH).bfloat16())
+
+
+def test_eps_before_the_mean_of_a_single_row():
+    check(eps_first, torch.randn(WIDTH, requires_grad=True), grad=True)
 
 
 def test_with_transposed_heads():

@@ -207,10 +207,13 @@ def _arguments(node: Node, *names: tuple[str, ...]) -> tuple[Operand, ...] | Non
 
 def tensor(value: Any) -> torch.Tensor | None:
     """The fake tensor that a node holds, in either stage's metadata; None if it is no tensor."""
-    if not isinstance(value, Node):
-        return None
-    fake = value.meta.get("val", value.meta.get("example_value"))
+    fake = fake_value(value) if isinstance(value, Node) else None
     return fake if isinstance(fake, torch.Tensor) else None
+
+
+def fake_value(node: Node) -> Any:
+    """What tracing recorded for a node: a fake tensor, or a symbolic number."""
+    return node.meta.get("val", node.meta.get("example_value"))
 
 
 def fake_mode(node: Node) -> FakeTensorMode:
@@ -255,6 +258,14 @@ def keeps_rows(view: Node, source: Node) -> bool:
         view.all_input_nodes == [source]
         and same_sizes(before.shape[-1:], after.shape[-1:])
         and same_sizes((before.numel(),), (after.numel(),))
+    )
+
+
+def same_layout(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether two tensors of one shape surely have the same strides, wherever those matter."""
+    return all(
+        statically_known_true(size == 1) or statically_known_true(a == b)
+        for size, a, b in zip(left.shape, left.stride(), right.stride(), strict=True)
     )
 
 

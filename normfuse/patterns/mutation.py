@@ -45,6 +45,8 @@ class Mutations:
             for node in graph.nodes
             if written_by(node)
         ]
+        fakes = [tensor(node) for node in graph.nodes]
+        self._is_training = any(fake is not None and fake.requires_grad for fake in fakes)
 
     def forbid_between(self, nodes: Iterable[Node]) -> None:
         """Decline if a value or operand of `nodes` is written to between the first and the last.
@@ -61,8 +63,31 @@ class Mutations:
         )
         for write, written in self._writes:
             if not write < first and not last < write and not written.isdisjoint(values):
-                name = getattr(write.target, "__name__", write.target)
-                raise Decline(f"a value that it reads is changed in place by `{name}` on the way")
+                raise Decline(
+                    f"a value that it reads is changed in place by `{_name(write)}` on the way"
+                )
+
+    def forbid_after(self, node: Node, operands: Iterable[Node]) -> None:
+        """Decline if autograd would find a changed operand in the backward of an op at `node`.
+
+        Eager often saves a copy instead: `x.float()` stays as it was when x is written to.
+
+        Raises:
+            Decline: with the write.
+        """
+        if not self._writes or not self._is_training:
+            return
+        values = _storages(operands)
+        for write, written in self._writes:
+            if not write < node and not written.isdisjoint(values):
+                raise Decline(
+                    "a value that its backward needs is changed in place by "
+                    f"`{_name(write)}` afterwards"
+                )
+
+
+def _name(write: Node) -> Any:
+    return getattr(write.target, "__name__", write.target)
 
 
 def _storages(nodes: Iterable[Node]) -> set[int]:

@@ -13,7 +13,7 @@ from normfuse.ops.rotation import Rotation, empty_result
 from normfuse.ops.rounding import FLOATS
 from normfuse.patterns.columns import Table
 from normfuse.patterns.decline import Decline
-from normfuse.patterns.micro_ops import fake_mode, fake_of, same_sizes
+from normfuse.patterns.micro_ops import fake_mode, fake_of, same_layout
 from normfuse.patterns.rotary import Rotary, read_rotary
 from normfuse.patterns.rule import (
     Context,
@@ -126,17 +126,9 @@ def _laid_out(rotary: Rotary, x: torch.Tensor) -> Rotation:
         rotation = replace(rotary.rotation, is_contiguous=is_contiguous)
         with fake_mode(rotary.last):
             wanted = empty_result(x, rotation)
-        if _same_strides(wanted, last):
+        if same_layout(wanted, last):
             return rotation
     raise Decline("the result is laid out neither as the normalised value nor contiguously")
-
-
-def _same_strides(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Whether two tensors of one shape are laid out alike; the stride of a size of 1 is free."""
-    return all(
-        same_sizes((size,), (1,)) or same_sizes((a,), (b,))
-        for size, a, b in zip(left.shape, left.stride(), right.stride(), strict=True)
-    )
 
 
 def _table(table: Table, context: Context) -> Node:

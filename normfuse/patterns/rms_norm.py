@@ -12,7 +12,16 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from normfuse.ops import L2_NORM, RMS_NORM
 from normfuse.ops.rounding import FLOATS, L2, RoundingPlan
 from normfuse.patterns.decline import Decline
-from normfuse.patterns.micro_ops import Kind, Operand, dtype, fake_mode, fake_of, micro_op, tensor
+from normfuse.patterns.micro_ops import (
+    Kind,
+    Operand,
+    dtype,
+    fake_mode,
+    fake_of,
+    micro_op,
+    same_layout,
+    tensor,
+)
 from normfuse.patterns.rule import Context, Rule, emit, erase, result
 from normfuse.patterns.scaling import Scaling, read_scaling
 from normfuse.patterns.statistic import Candidate, Statistic, find_statistic, read_statistic
@@ -130,19 +139,23 @@ def rewrite(norm: Norm, context: Context) -> Node:
             kind = type(fake_of(node)).__name__
             raise Decline(f"an operand is a tensor subclass ({kind}), for which the op has no rule")
     context.mutations.forbid_between((*norm.nodes, *norm.copies))
+    is_reordered = _is_reordered(norm)
     op = emit(
         context,
         L2_NORM if norm.plan.mean == L2 else RMS_NORM,
         _arguments(norm, eps_tensor, context),
-        _fake_results(norm, context),
+        _fake_results(norm, is_reordered),
         before=_position(norm, reads),
         like=norm.last,
     )
     if norm.rstd is not None:
         norm.rstd.replace_all_uses_with(result(context, op, 1))
     value = result(context, op, 0)
+    if is_reordered:
+        value = _contiguous(value, norm.last, context)
     for view in norm.views:
         value = repeat_view(view, value, norm.last, context)
+    value.meta[context.fake_key] = fake_of(norm.last)  # by its storage, writes to it are known
     norm.last.replace_all_uses_with(value)
     erase(norm.nodes)
     return op
@@ -167,14 +180,46 @@ def _position(norm: Norm, reads: list[Node]) -> Node:
     return position
 
 
-def _fake_results(norm: Norm, context: Context) -> tuple[torch.Tensor, torch.Tensor]:
-    x = tensor(norm.x)
-    assert x is not None
+def _fake_results(norm: Norm, is_reordered: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    x = fake_of(norm.x)
+    y = _fake_in_the_order_of_x(norm) if norm.views or is_reordered else fake_of(norm.last)
+    if norm.rstd is not None:
+        return y, fake_of(norm.rstd)
     with fake_mode(norm.x):
-        y = tensor(norm.last) if not norm.views else torch.empty_like(x, dtype=norm.plan.out)
-        rstd = x.new_empty((*x.shape[:-1], 1), dtype=norm.plan.compute)
-    assert y is not None
-    return y, rstd
+        return y, x.new_empty((*x.shape[:-1], 1), dtype=norm.plan.compute)
+
+
+def _fake_in_the_order_of_x(norm: Norm) -> torch.Tensor:
+    with fake_mode(norm.x):
+        return torch.empty_like(fake_of(norm.x), dtype=norm.plan.out)
+
+
+def _is_reordered(norm: Norm) -> bool:
+    """Whether eager lays its result out row by row, where the op keeps the order of axes of x.
+
+    `F.rms_norm` of transposed heads does, and a `view` may follow that relies on it.
+    """
+    ours = _fake_in_the_order_of_x(norm)
+    theirs = fake_of(norm.views[0].all_input_nodes[0] if norm.views else norm.last)
+    if same_layout(theirs, ours):
+        return False
+    if not same_layout(theirs, torch.empty_like(theirs, memory_format=torch.contiguous_format)):
+        raise Decline(
+            f"the result would have strides {tuple(ours.stride())} instead of eager's "
+            f"{tuple(theirs.stride())}"
+        )
+    return True
+
+
+def _contiguous(value: Node, last: Node, context: Context) -> Node:
+    with context.graph.inserting_before(last):
+        copy = context.graph.call_function(
+            torch.ops.aten.clone.default, (value,), {"memory_format": torch.contiguous_format}
+        )
+    copy.meta.update(value.meta)
+    with fake_mode(value):
+        copy.meta[context.fake_key] = fake_of(value).contiguous()
+    return copy
 
 
 def repeat_view(view: Node, value: Node, before: Node, context: Context) -> Node:

@@ -9,10 +9,18 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
 
 from normfuse.ops.rounding import RoundingPlan
 from normfuse.patterns.decline import Decline
-from normfuse.patterns.micro_ops import micro_op
+from normfuse.patterns.micro_ops import (
+    fake_mode,
+    fake_value,
+    micro_op,
+    same_layout,
+    same_sizes,
+    tensor,
+)
 from normfuse.patterns.mutation import Mutations, written_by
 
 
@@ -67,12 +75,39 @@ def emit(
     before: Node,
     like: Node,
 ) -> Node:
-    """Insert a call of `op` before a node; it keeps the place in the model of `like`."""
+    """Insert a call of `op` before a node; it keeps the place in the model of `like`.
+
+    Raises:
+        Decline: the op's results would have other strides than `fakes`, or an operand that its
+            backward needs is written to later.
+    """
+    context.mutations.forbid_after(before, [a for a in arguments if isinstance(a, Node)])
+    _check_layout(op, arguments, fakes)
     with context.graph.inserting_before(before):
         node = context.graph.call_function(op, arguments)
     node.meta.update(_place(like))
     node.meta[context.fake_key] = tuple(fakes)
     return node
+
+
+def _check_layout(
+    op: torch._ops.OpOverload, arguments: tuple[Any, ...], fakes: Sequence[torch.Tensor]
+) -> None:
+    """A sum has the order of axes of its first operand, which may be the branch in eager only."""
+    nodes = [argument for argument in arguments if isinstance(argument, Node)]
+    operands = [fake for node in nodes if (fake := tensor(node)) is not None]
+    first = operands[0]
+    like_first = [fake for fake in operands if same_sizes(fake.shape, first.shape)]
+    if all(same_layout(fake, first) for fake in like_first):
+        return
+    with fake_mode(nodes[0]):
+        results = op(*map_arg(arguments, fake_value))
+    for ours, theirs in zip(results, fakes, strict=True):
+        if not same_layout(ours, theirs):
+            raise Decline(
+                f"the result would have strides {tuple(ours.stride())} instead of eager's "
+                f"{tuple(theirs.stride())}: its operands are laid out differently"
+            )
 
 
 def result(context: Context, node: Node, index: int) -> Node:

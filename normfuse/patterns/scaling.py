@@ -128,6 +128,7 @@ def _read_product(statistic: Statistic) -> Product:
             if _is_same_value(value, statistic.h):
                 assert isinstance(value, Node)
                 _check_promotion(user, value, inverse)
+                _check_column(inverse, statistic.h)
                 x = _uncast(value)
                 rstd = _rounded_to(statistic, path)
                 copies = (*_between(value, x), *_between(statistic.h, x))
@@ -140,6 +141,7 @@ def _read_product(statistic: Statistic) -> Product:
 
 def _inverses(statistic: Statistic) -> Iterator[tuple[Node, str, tuple[Node, ...]]]:
     """Every node that holds the inverse root, its spelling, and the casts and views up to it."""
+    h = statistic.h
     kind = "divide_by_sqrt" if statistic.kind == "sqrt" else statistic.kind
     waiting: list[tuple[Node, str, tuple[Node, ...]]] = [(statistic.root, kind, ())]
     while waiting:
@@ -149,18 +151,28 @@ def _inverses(statistic: Statistic) -> Iterator[tuple[Node, str, tuple[Node, ...
             op = micro_op(user)
             if op is None:
                 continue
-            if op.kind is Kind.CAST or (op.kind is Kind.VIEW and _is_column(user, statistic.h)):
+            if op.kind is Kind.CAST or (op.kind is Kind.VIEW and _is_column(user, node, h)):
                 waiting.append((user, kind, (*path, user)))
             elif kind == "divide_by_sqrt" and not path and _inverts(op.kind, op.operands):
                 waiting.append((user, "reciprocal_sqrt", (*path, user)))
 
 
-def _is_column(node: Node, h: Node) -> bool:
-    """A view that broadcasts against h as one number per row."""
-    shape, rows = fake_of(node).shape, fake_of(h).shape
-    if len(shape) != len(rows) or not same_sizes(shape[:-1], rows[:-1]):
-        return False
-    return same_sizes(shape[-1:], (1,)) or same_sizes(shape[-1:], rows[-1:])
+def _is_column(view: Node, source: Node, h: Node) -> bool:
+    """A view of the inverse root as one number per row of h: (..., 1), or that expanded to h."""
+    shape, rows = fake_of(view).shape, fake_of(h).shape
+    if same_sizes(shape, (*rows[:-1], 1)):
+        return True
+    return same_sizes(shape, rows) and fake_of(source).dim() == len(rows)
+
+
+def _check_column(inverse: Node, h: Node) -> None:
+    """Without `keepdim`, an inverse root of shape (8,) would scale the columns of (8, 8)."""
+    root, shape = fake_of(inverse).shape, fake_of(h).shape
+    if len(root) != len(shape) and len(shape) > 1:
+        raise Decline(
+            f"the inverse root of shape {tuple(root)} multiplies {tuple(shape)}: "
+            "that is not one number per row"
+        )
 
 
 def _rounded_to(statistic: Statistic, path: tuple[Node, ...]) -> torch.dtype:

@@ -14,6 +14,7 @@ site in the report; `read_statistic` then insists, and declines with a sentence.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -29,7 +30,7 @@ from normfuse.patterns.micro_ops import (
     dtype,
     fake_of,
     micro_op,
-    pairs,
+    same_sizes,
     source_of,
     tensor,
     width_of,
@@ -122,6 +123,7 @@ def read_statistic(candidate: Candidate) -> Statistic:
     h = _squared_value(candidate)
     path = _path(candidate.root, candidate.squares)
     _check_one_type(path, h)
+    _check_rows(path, candidate.reduction, h)
     variance = micro_op(candidate.root).operands[0]  # type: ignore[union-attr]
     mean, eps = _mean_and_eps(variance)
     kind = _mean_kind(mean, candidate, h)
@@ -164,9 +166,10 @@ def _mean_and_eps(variance: Operand) -> tuple[Operand, Operand]:
         raise Decline("eps bounds the mean from below (clamp or maximum) instead of being added")
     if op is None or op.kind is not Kind.ADD:
         return variance, 0.0
-    for mean, eps in pairs(op):
-        if _is_one_number(eps):
-            return mean, eps
+    mean = _reducing_operand(op)  # of one row, the mean is one number, too
+    eps = op.operands[1] if mean is op.operands[0] else op.operands[0]
+    if _is_one_number(eps):
+        return mean, eps
     raise Decline("what is added to the mean of the squares is not one number, so it is no eps")
 
 
@@ -180,8 +183,7 @@ def _is_one_number(eps: Operand) -> bool:
 
 
 def _mean_kind(mean: Operand, candidate: Candidate, h: Node) -> str:
-    while (inner := source_of(mean, Kind.VIEW)) is not None:
-        mean = inner
+    mean = _unviewed(mean)
     width = width_of(h)
     if width is None:
         raise Decline("the width of the normalised axis is symbolic: mark that dimension static")
@@ -192,16 +194,23 @@ def _mean_kind(mean: Operand, candidate: Candidate, h: Node) -> str:
             return "mean"
         return L2
     op = micro_op(mean)
-    by_sum = op is not None and candidate.reduction in op.operands and reduction.kind is Kind.SUM
-    if op is None or not by_sum:
+    operands = () if op is None else tuple(_unviewed(operand) for operand in op.operands)
+    if op is None or candidate.reduction not in operands or reduction.kind is not Kind.SUM:
         raise Decline("more than an eps stands between the mean of the squares and its root")
-    left, right = op.operands
+    left, right = operands
     number = right if left is candidate.reduction else left
     if op.kind is Kind.DIV and left is candidate.reduction and number == width:
         return "sum_divided"
     if op.kind is Kind.MUL and isinstance(number, float) and math.isclose(number * width, 1.0):
         return "sum_scaled"
     raise Decline(f"the sum of the squares is not divided by the width of the last axis, {width}")
+
+
+def _unviewed(value: Operand) -> Operand:
+    """A value before its views, of which `_check_rows` has seen that they keep the rows."""
+    while (inner := source_of(value, Kind.VIEW)) is not None:
+        value = inner
+    return value
 
 
 def _root_kind(root: Node) -> str:
@@ -236,6 +245,28 @@ def _check_one_type(path: tuple[Node, ...], h: Node) -> None:
                 f"the statistic changes type on its way, from {compute} to {dtype(node)}: "
                 "its roundings cannot be read exactly"
             )
+
+
+def _check_rows(path: tuple[Node, ...], reduction: Node, h: Node) -> None:
+    """Views on the way may take the reduced axis away and put it back, and nothing else."""
+    shape = fake_of(h).shape
+    start = path.index(reduction) + 1
+    for node in path[start:]:
+        if not same_sizes(fake_of(node).shape, shape):
+            raise Decline(
+                f"the squares of {_text(shape)} are summed as {_text(fake_of(node).shape)}: "
+                "they are reshaped before their mean"
+            )
+    for node in path[:start]:
+        if not any(same_sizes(fake_of(node).shape, one) for one in (shape[:-1], (*shape[:-1], 1))):
+            raise Decline(
+                f"the mean of the squares of {_text(shape)} has shape "
+                f"{_text(fake_of(node).shape)} on its way: that is not one number per row"
+            )
+
+
+def _text(shape: Sequence[object]) -> str:
+    return str(tuple(shape))
 
 
 def _check_private(path: tuple[Node, ...]) -> None:
