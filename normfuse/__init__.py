@@ -7,9 +7,11 @@ from normfuse.backend import options
 from normfuse.explain import assert_fused, explain
 from normfuse.ops import (
     AddRMSNorm,
+    Gating,
     RMSNormAddRMSNorm,
     RoundingPlan,
     add_rms_norm,
+    gated_rms_norm,
     l2_norm,
     rms_norm,
     rms_norm_add,
@@ -24,6 +26,7 @@ except PackageNotFoundError:  # a source tree that was never installed
 
 __all__ = [
     "AddRMSNorm",
+    "Gating",
     "RMSNormAddRMSNorm",
     "Report",
     "RoundingPlan",
@@ -31,6 +34,7 @@ __all__ = [
     "add_rms_norm",
     "assert_fused",
     "explain",
+    "gated_rms_norm",
     "l2_norm",
     "options",
     "rms_norm",

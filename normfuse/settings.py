@@ -10,7 +10,14 @@ from typing import Any
 PREFIX = "normfuse."
 LOWERINGS = ("auto", "triton", "inline", "op")
 NUMERICS = ("exact", "fast")
-RULE_NAMES = ("rms_norm", "l2_norm", "rms_norm_add", "rms_norm_add_rms_norm", "add_rms_norm")
+RULE_NAMES = (
+    "rms_norm",
+    "l2_norm",
+    "gated_rms_norm",
+    "rms_norm_add",
+    "rms_norm_add_rms_norm",
+    "add_rms_norm",
+)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from normfuse.ops.add_rms_norm import ADD_RMS_NORM, add_rms_norm_reference
+from normfuse.ops.gated_rms_norm import GATED_RMS_NORM, gated_rms_norm_reference
+from normfuse.ops.gating import Gating
 from normfuse.ops.l2_norm import L2_NORM, l2_norm_reference
 from normfuse.ops.residual_sum import Scales
 from normfuse.ops.rms_norm import RMS_NORM, rms_norm_reference
@@ -22,6 +24,7 @@ from normfuse.ops.rounding import RoundingPlan
 _REFERENCES: dict[Any, Callable[..., Any]] = {
     RMS_NORM: rms_norm_reference,
     L2_NORM: l2_norm_reference,
+    GATED_RMS_NORM: gated_rms_norm_reference,
     ADD_RMS_NORM: add_rms_norm_reference,
     RMS_NORM_ADD: rms_norm_add_reference,
     RMS_NORM_ADD_RMS_NORM: rms_norm_add_rms_norm_reference,
@@ -76,6 +79,15 @@ def _launch_l2_norm(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
     x, eps_tensor, eps, plan = arguments
     steps = RoundingPlan.parse(plan)
     return launch(x, None, eps_tensor, eps, 0.0, steps, store_rstd=used[1], wrap=wrap)
+
+
+def _launch_gated_rms_norm(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
+    from normfuse.ops.kernels.gated_rms_norm import launch
+
+    x, gate, weight, eps, offset, groups, gate_first, activation, plan, gating = arguments
+    norm = (eps, offset, groups, gate_first, activation)
+    types = RoundingPlan.parse(plan), Gating.parse(gating)
+    return launch(x, gate, weight, *norm, *types, store_rstd=used[1], wrap=wrap)
 
 
 def _launch_add_rms_norm(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
@@ -140,6 +152,7 @@ def _launch_rms_norm_add_rms_norm(wrap: Any, used: tuple[bool, ...], *arguments:
 _LAUNCHES: dict[Any, Callable[..., Any]] = {
     RMS_NORM: _launch_rms_norm,
     L2_NORM: _launch_l2_norm,
+    GATED_RMS_NORM: _launch_gated_rms_norm,
     ADD_RMS_NORM: _launch_add_rms_norm,
     RMS_NORM_ADD: _launch_rms_norm_add,
     RMS_NORM_ADD_RMS_NORM: _launch_rms_norm_add_rms_norm,

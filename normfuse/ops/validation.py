@@ -41,13 +41,27 @@ def check_weight(name: str, weight: torch.Tensor | None, x: torch.Tensor) -> Non
 
 def check_residual(residual: torch.Tensor, x: torch.Tensor) -> None:
     """`residual` must be a floating tensor of the shape and device of `x`."""
-    check_activation("residual", residual)
-    if residual.shape != x.shape:
+    check_like("residual", residual, x)
+
+
+def check_like(name: str, value: torch.Tensor, x: torch.Tensor) -> None:
+    """`value` must be a floating tensor of the shape and device of `x`."""
+    check_activation(name, value)
+    if value.shape != x.shape:
         raise ValueError(
-            f"residual must have the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}: "
+            f"{name} must have the shape of x, {tuple(x.shape)}, got {tuple(value.shape)}: "
             "expand it before the call"
         )
-    check_device("residual", residual, x)
+    check_device(name, value, x)
+
+
+def check_groups(groups: int, x: torch.Tensor) -> None:
+    """`groups` must divide the last axis of `x`."""
+    if not isinstance(groups, int) or groups < 1 or x.shape[-1] % groups:
+        raise ValueError(
+            f"groups must divide the last dimension of x, {x.shape[-1]}, got {groups}: "
+            "pass the number of groups, not their size"
+        )
 
 
 def check_scale(name: str, scale: float | torch.Tensor | None, x: torch.Tensor) -> None:

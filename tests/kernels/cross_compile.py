@@ -12,7 +12,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from normfuse.ops.kernels import add_rms_norm, rms_norm, rms_norm_add, rms_norm_add_rms_norm
+from normfuse.ops.gating import Gating
+from normfuse.ops.kernels import (
+    add_rms_norm,
+    gated_rms_norm,
+    rms_norm,
+    rms_norm_add,
+    rms_norm_add_rms_norm,
+)
 from normfuse.ops.kernels.tile import Launch
 from normfuse.ops.residual_sum import Scales
 from normfuse.ops.rounding import RoundingPlan
@@ -26,6 +33,8 @@ TARGETS = {
 }
 KERNELS = {
     "rms_norm": rms_norm,
+    "gated_rms_norm": gated_rms_norm,
+    "gated_rms_norm, gate first": gated_rms_norm,
     "add_rms_norm": add_rms_norm,
     "rms_norm_add": rms_norm_add,
     "rms_norm_add_rms_norm": rms_norm_add_rms_norm,
@@ -77,10 +86,14 @@ def compile_kernel(
     gpu, recorder = TARGETS[target], _Recorder()
     x = torch.empty(64, width, dtype=dtype, device="meta")
     weight = torch.empty(width, dtype=dtype, device="meta")
-    tile = Launch.for_shape(width, dtype, warp_size=gpu.warp_size)
+    tile_for = getattr(KERNELS[stem], "tile_for", Launch.for_shape)
+    tile = tile_for(width, dtype, warp_size=gpu.warp_size)
     norm, settings = (1e-6, 1.0, plan), {"tile": tile, "wrap": recorder}
     if stem == "rms_norm":
         rms_norm.launch(x, weight, None, *norm, **settings)
+    elif KERNELS[stem] is gated_rms_norm:
+        gate = (1, "gate first" in stem, "silu", plan, Gating.once(dtype))
+        gated_rms_norm.launch(x, x, weight, 1e-6, 1.0, *gate, **settings)
     elif stem == "rms_norm_add_rms_norm":
         weights = (weight, weight)
         rms_norm_add_rms_norm.launch(x, x, *weights, Scales(), *norm, *norm, **settings)

@@ -31,11 +31,21 @@ class Launch:
     num_warps: int
 
     @classmethod
-    def for_shape(cls, cols: int, dtype: torch.dtype, *, warp_size: int = WARP_SIZE) -> Launch:
-        """The tile for rows of `cols` elements held in `dtype`; rows too wide go in chunks."""
+    def for_shape(
+        cls,
+        cols: int,
+        dtype: torch.dtype,
+        *,
+        warp_size: int = WARP_SIZE,
+        widest: int | None = None,
+    ) -> Launch:
+        """The tile for rows of `cols` elements held in `dtype`; rows too wide go in chunks.
+
+        `widest` is the width up to which they do not, by default `MAX_BLOCK` or half of it.
+        """
         is_double = dtype == torch.float64
         block = triton.next_power_of_2(cols)
-        if block > (MAX_BLOCK // 2 if is_double else MAX_BLOCK):
+        if block > (widest or (MAX_BLOCK // 2 if is_double else MAX_BLOCK)):
             block = 4096 if is_double else 8192
         rows = min(64, 2048 // block) if block <= 512 else 1
         elements_per_thread = 8 if is_double else 16
