@@ -14,6 +14,7 @@ RULE_NAMES = (
     "rms_norm",
     "l2_norm",
     "gated_rms_norm",
+    "modulated_rms_norm",
     "rms_norm_add",
     "rms_norm_add_rms_norm",
     "add_rms_norm",

@@ -37,6 +37,20 @@ def gated_rms_norm(
     return y if gate_first else y * factor
 
 
+def modulated_rms_norm(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    eps: float,
+    offset: float,
+    scale_offset: float,
+) -> torch.Tensor:
+    """A norm times `scale + scale_offset`, plus shift, in float64."""
+    y = rms_norm(x, weight, eps, offset) * (scale.double() + scale_offset)
+    return y if shift is None else y + shift.double()
+
+
 def residual_sum(branch: torch.Tensor, residual: torch.Tensor, scales: Scales) -> torch.Tensor:
     """(residual + branch * branch_scale) * total_scale, in float64."""
     branch_scale = _factor(scales.branch, scales.branch_tensor)

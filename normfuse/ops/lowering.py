@@ -12,6 +12,8 @@ from normfuse.ops.add_rms_norm import ADD_RMS_NORM, add_rms_norm_reference
 from normfuse.ops.gated_rms_norm import GATED_RMS_NORM, gated_rms_norm_reference
 from normfuse.ops.gating import Gating
 from normfuse.ops.l2_norm import L2_NORM, l2_norm_reference
+from normfuse.ops.modulated_rms_norm import MODULATED_RMS_NORM, modulated_rms_norm_reference
+from normfuse.ops.modulation import Modulation
 from normfuse.ops.residual_sum import Scales
 from normfuse.ops.rms_norm import RMS_NORM, rms_norm_reference
 from normfuse.ops.rms_norm_add import RMS_NORM_ADD, rms_norm_add_reference
@@ -25,6 +27,7 @@ _REFERENCES: dict[Any, Callable[..., Any]] = {
     RMS_NORM: rms_norm_reference,
     L2_NORM: l2_norm_reference,
     GATED_RMS_NORM: gated_rms_norm_reference,
+    MODULATED_RMS_NORM: modulated_rms_norm_reference,
     ADD_RMS_NORM: add_rms_norm_reference,
     RMS_NORM_ADD: rms_norm_add_reference,
     RMS_NORM_ADD_RMS_NORM: rms_norm_add_rms_norm_reference,
@@ -90,6 +93,15 @@ def _launch_gated_rms_norm(wrap: Any, used: tuple[bool, ...], *arguments: Any) -
     return launch(x, gate, weight, *norm, *types, store_rstd=used[1], wrap=wrap)
 
 
+def _launch_modulated_rms_norm(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
+    from normfuse.ops.kernels.modulated_rms_norm import launch
+
+    x, scale, shift, weight, eps, offset, scale_offset, plan, modulation = arguments
+    types = RoundingPlan.parse(plan), Modulation.parse(modulation)
+    norm = (eps, offset, scale_offset)
+    return launch(x, scale, shift, weight, *norm, *types, store_rstd=used[1], wrap=wrap)
+
+
 def _launch_add_rms_norm(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
     from normfuse.ops.kernels.add_rms_norm import launch
 
@@ -153,6 +165,7 @@ _LAUNCHES: dict[Any, Callable[..., Any]] = {
     RMS_NORM: _launch_rms_norm,
     L2_NORM: _launch_l2_norm,
     GATED_RMS_NORM: _launch_gated_rms_norm,
+    MODULATED_RMS_NORM: _launch_modulated_rms_norm,
     ADD_RMS_NORM: _launch_add_rms_norm,
     RMS_NORM_ADD: _launch_rms_norm_add,
     RMS_NORM_ADD_RMS_NORM: _launch_rms_norm_add_rms_norm,

@@ -55,6 +55,19 @@ def check_like(name: str, value: torch.Tensor, x: torch.Tensor) -> None:
     check_device(name, value, x)
 
 
+def check_broadcast(name: str, value: torch.Tensor, x: torch.Tensor) -> None:
+    """`value` must have the columns of `x`, broadcast to its rows, and be on its device."""
+    check_activation(name, value)
+    fits = value.dim() <= x.dim() and value.shape[-1] == x.shape[-1]
+    leading = zip(reversed(value.shape[:-1]), reversed(x.shape[:-1]), strict=False)
+    if not fits or any(size not in (1, rows) for size, rows in leading):
+        raise ValueError(
+            f"{name} must have the columns of x, {tuple(x.shape)}, and broadcast over its rows, "
+            f"got {tuple(value.shape)}: add dimensions of size 1 where it broadcasts"
+        )
+    check_device(name, value, x)
+
+
 def check_groups(groups: int, x: torch.Tensor) -> None:
     """`groups` must divide the last axis of `x`."""
     if not isinstance(groups, int) or groups < 1 or x.shape[-1] % groups:

@@ -16,11 +16,13 @@ from normfuse.ops.gating import Gating
 from normfuse.ops.kernels import (
     add_rms_norm,
     gated_rms_norm,
+    modulated_rms_norm,
     rms_norm,
     rms_norm_add,
     rms_norm_add_rms_norm,
 )
 from normfuse.ops.kernels.tile import Launch
+from normfuse.ops.modulation import Modulation
 from normfuse.ops.residual_sum import Scales
 from normfuse.ops.rounding import RoundingPlan
 
@@ -35,6 +37,7 @@ KERNELS = {
     "rms_norm": rms_norm,
     "gated_rms_norm": gated_rms_norm,
     "gated_rms_norm, gate first": gated_rms_norm,
+    "modulated_rms_norm": modulated_rms_norm,
     "add_rms_norm": add_rms_norm,
     "rms_norm_add": rms_norm_add,
     "rms_norm_add_rms_norm": rms_norm_add_rms_norm,
@@ -94,6 +97,9 @@ def compile_kernel(
     elif KERNELS[stem] is gated_rms_norm:
         gate = (1, "gate first" in stem, "silu", plan, Gating.once(dtype))
         gated_rms_norm.launch(x, x, weight, 1e-6, 1.0, *gate, **settings)
+    elif stem == "modulated_rms_norm":
+        scale, types = x[:1], Modulation.once(dtype)
+        modulated_rms_norm.launch(x, scale, scale, weight, 1e-6, 1.0, 1.0, plan, types, **settings)
     elif stem == "rms_norm_add_rms_norm":
         weights = (weight, weight)
         rms_norm_add_rms_norm.launch(x, x, *weights, Scales(), *norm, *norm, **settings)

@@ -44,7 +44,7 @@ def test_a_wide_row_does_not_spill(stem, width, dtype, plan, tmp_path):
     assert cross_compile.resources(compiled, tmp_path / "cubin")["spilled"] == 0
 
 
-@pytest.mark.parametrize("stem", ["rms_norm_add", "rms_norm_add_rms_norm"])
+@pytest.mark.parametrize("stem", ["modulated_rms_norm", "rms_norm_add", "rms_norm_add_rms_norm"])
 def test_no_product_is_contracted_with_the_sum_that_reads_it(stem):
     """Eager rounds the product and the sum; one FMA for both would round once."""
     plan = RoundingPlan.once(F32, F32)

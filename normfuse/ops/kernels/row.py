@@ -247,3 +247,28 @@ def gated(value, gate, GATING: tl.constexpr):
     factor = rounded(rounded(factor, TYPE), step(GATING, "factor"))  # eager's activation
     product = rounded(rounded(value, PRODUCT) * rounded(factor, PRODUCT), PRODUCT)
     return rounded(product, step(GATING, "out"))  # eager's cast of the result
+
+
+@triton.jit
+def modulated(
+    value,
+    scale_ptr,
+    shift_ptr,
+    cols,
+    mask,
+    SCALE_OFFSET: tl.constexpr,
+    MODULATION: tl.constexpr,
+):
+    """A tile of value * (scale + offset) + shift, scale and shift read here."""
+    FACTOR: tl.constexpr = step(MODULATION, "factor")
+    PRODUCT: tl.constexpr = step(MODULATION, "product")
+    SUM: tl.constexpr = step(MODULATION, "sum")
+    factor = rounded(load_held(scale_ptr + cols, mask), FACTOR)
+    if SCALE_OFFSET != 0.0:
+        factor = rounded(factor + SCALE_OFFSET, FACTOR)  # eager's `1 + scale`
+    value, factor = rounded(value, PRODUCT), rounded(factor, PRODUCT)
+    value = multiplied(value, factor, PRODUCT, shift_ptr is not None)  # eager's product
+    if shift_ptr is not None:
+        shift = rounded(load_held(shift_ptr + cols, mask), SUM)
+        value = rounded(rounded(value, SUM) + shift, SUM)  # eager's add
+    return rounded(value, step(MODULATION, "out"))  # eager's cast of the result

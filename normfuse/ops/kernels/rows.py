@@ -69,6 +69,20 @@ def empty_product(
     return empty_sum(factor, value, dtype, is_fresh=True)
 
 
+def empty_modulated(
+    value: torch.Tensor, operands: tuple[torch.Tensor, ...], dtype: torch.dtype
+) -> torch.Tensor:
+    """An uninitialised tensor laid out as torch lays out `f(value) * first + second`.
+
+    The operands broadcast to `value`, and one follows the other.
+    """
+    result = torch.empty_like(value, device="meta")
+    for operand in operands:
+        strides = compute_elementwise_output_strides(result, operand.expand(value.shape))
+        result = torch.empty_strided(value.shape, strides, device="meta")
+    return torch.empty_strided(value.shape, result.stride(), dtype=dtype, device=value.device)
+
+
 def row_order(*results: torch.Tensor | None) -> tuple[int, ...] | None:
     """The leading dimensions, outermost in memory first; None if some result has no such rows."""
     tensors = [result for result in results if result is not None]
