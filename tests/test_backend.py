@@ -222,7 +222,10 @@ def test_numerics_is_in_the_plan(numerics, plan):
 
 
 LOWERINGS = "auto, triton, inline, op"
-RULES = "rms_norm, l2_norm, rms_norm_add, rms_norm_add_rms_norm, add_rms_norm"
+RULES = (
+    "rms_norm, l2_norm, gated_rms_norm, modulated_rms_norm, rms_norm_add, rms_norm_add_rms_norm, "
+    "add_rms_norm"
+)
 OPTIONS = "normfuse.lowering, normfuse.numerics, normfuse.rules, normfuse.skip"
 WRONG = [
     (
