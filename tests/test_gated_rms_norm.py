@@ -67,7 +67,9 @@ def silu_method(x):
 
 
 @pytest.mark.parametrize(
-    "act", [F.silu, nn.SiLU(), torch.sigmoid, torch.Tensor.sigmoid, F.sigmoid, silu_method], ids=str
+    "act",
+    [F.silu, nn.SiLU(), torch.sigmoid, torch.Tensor.sigmoid, F.sigmoid, silu_method],
+    ids=["F.silu", "nn.SiLU", "torch.sigmoid", "Tensor.sigmoid", "F.sigmoid", "x * sigmoid"],
 )
 def test_every_spelling_of_the_activation(act):
     def gate_last(x, gate):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
 
 from normfuse.ops.rounding import RoundingPlan
 from normfuse.patterns.decline import Decline
@@ -81,7 +82,7 @@ def emit(
         Decline: the op's results would have other strides than `fakes`, or an operand that its
             backward needs is written to later.
     """
-    context.mutations.forbid_after(before, [a for a in arguments if isinstance(a, Node)])
+    context.mutations.forbid_after(before, _nodes(arguments))
     _check_layout(op, arguments, fakes)
     with context.graph.inserting_before(before):
         node = context.graph.call_function(op, arguments)
@@ -90,11 +91,15 @@ def emit(
     return node
 
 
+def _nodes(arguments: tuple[Any, ...]) -> list[Node]:
+    return [argument for argument in tree_leaves(arguments) if isinstance(argument, Node)]
+
+
 def _check_layout(
     op: torch._ops.OpOverload, arguments: tuple[Any, ...], fakes: Sequence[torch.Tensor]
 ) -> None:
     """A sum has the order of axes of its first operand, which may be the branch in eager only."""
-    nodes = [argument for argument in arguments if isinstance(argument, Node)]
+    nodes = _nodes(arguments)
     operands = [fake for node in nodes if (fake := tensor(node)) is not None]
     first = operands[0]
     like_first = [fake for fake in operands if same_sizes(fake.shape, first.shape)]
