@@ -5,6 +5,8 @@ VENV ?= .venv
 WORKERS ?= 2
 # Extra arguments for one run, such as: make test PYTEST_ARGS="-k granite -x"
 PYTEST_ARGS ?=
+# The same for the coverage document: make coverage COVERAGE_ARGS="--only llama,gemma3 --jobs 4"
+COVERAGE_ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -12,7 +14,7 @@ STAMP := $(VENV)/.installed
 .DEFAULT_GOAL := help
 # One target after the other, also under `make -j`: their output is meant to be read.
 .NOTPARALLEL:
-.PHONY: help venv demo check lint types layers test format clean
+.PHONY: help venv demo check lint types layers test format coverage clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -54,6 +56,9 @@ test: venv ## all tests
 format: venv ## rewrite the sources in the house format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+coverage: venv ## write docs/coverage.md: the norms of every transformers model type (half an hour)
+	$(BIN)/python tools/coverage.py $(COVERAGE_ARGS)
 
 clean: ## remove the virtual environment and every cache
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

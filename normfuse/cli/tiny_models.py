@@ -126,9 +126,12 @@ def build(model_type: str, dtype: torch.dtype, layers: int | None = None) -> tup
     """A tiny model in eval mode, and its configuration. The same call gives the same weights.
 
     Raises:
-        UsageError: `layers` does not fit the model type.
+        UsageError: the model takes something else than tokens, or `layers` does not fit it.
     """
-    config = tiny_config(transformers().CONFIG_MAPPING[model_type], layers)
+    config_class = transformers().CONFIG_MAPPING[model_type]
+    # Before anything is built: the vision towers that have no small configuration take seconds.
+    _check_takes_tokens(_model_class(model_type, config_class))
+    config = tiny_config(config_class, layers)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = _auto_class(model_type).from_config(config)
@@ -141,11 +144,7 @@ def example_inputs(model: Any, config: Any) -> dict[str, Any]:
     Raises:
         UsageError: the model takes something else than tokens.
     """
-    if model.main_input_name != "input_ids":
-        raise UsageError(
-            f"a model type must take input_ids, got one that takes {model.main_input_name}: "
-            "pass path.py:factory with inputs of your own"
-        )
+    _check_takes_tokens(model)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(3, 100, (BATCH, TOKENS), generator=generator)
     inputs: dict[str, Any] = {"input_ids": tokens}
@@ -267,6 +266,20 @@ def _shrunk_parts(base: Any, layers: int | None) -> dict[str, Any]:
     return {
         name: tiny_config(type(part), layers) for name, part in parts.items() if part is not None
     }
+
+
+def _check_takes_tokens(model: Any) -> None:
+    if model.main_input_name != "input_ids":
+        raise UsageError(
+            f"a model type must take input_ids, got one that takes {model.main_input_name}: "
+            "pass path.py:factory with inputs of your own"
+        )
+
+
+def _model_class(model_type: str, config_class: type[Any]) -> Any:
+    """The class that the auto class would build; of several, the first."""
+    found = _auto_class(model_type)._model_mapping[config_class]
+    return found[0] if isinstance(found, (list, tuple)) else found
 
 
 def _auto_class(model_type: str) -> Any:
