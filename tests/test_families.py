@@ -29,8 +29,7 @@ GEMMA4 = {
 PRE_NORM = {"rms_norm": 1, "add_rms_norm": 4}
 SANDWICH = {"rms_norm": 1, "rms_norm_add_rms_norm": 4}
 
-# The ops that two layers become. The first norm of a model has no sum before it; the norms of heads
-# and experts stand alone until they have an op of their own.
+# The ops that two layers become. The first norm of a model has no sum before it.
 OPS = {
     "llama": PRE_NORM,
     "mistral": PRE_NORM,
@@ -41,25 +40,31 @@ OPS = {
     "moshi": PRE_NORM,
     "gpt_oss": PRE_NORM,
     "xlstm": PRE_NORM,
-    "qwen3": {"rms_norm": 5, "add_rms_norm": 4},
+    "qwen3": {"rms_norm": 1, "qk_rms_norm_rope": 2, "add_rms_norm": 4},
     "diffllama": {"rms_norm": 3, "add_rms_norm": 4},
     "t5": {"rms_norm": 2, "add_rms_norm": 10},
-    "llama4_text": {"rms_norm": 5, "add_rms_norm": 8},
+    "llama4_text": {"rms_norm": 1, "qk_rms_norm": 2, "add_rms_norm": 8},
     "gemma2": SANDWICH,
     "glm4": SANDWICH,
-    "gemma3_text": {"rms_norm": 5, "rms_norm_add_rms_norm": 4},
-    "gemma4_text": {"rms_norm": 7, "rms_norm_add": 3, "rms_norm_add_rms_norm": 4},
-    "gemma4_text@dense": {"rms_norm": 7, "rms_norm_add_rms_norm": 4},
+    "gemma3_text": {"rms_norm": 1, "qk_rms_norm_rope": 2, "rms_norm_add_rms_norm": 4},
+    "gemma4_text": {
+        "rms_norm": 1,
+        "qk_rms_norm_rope": 2,
+        "rms_norm_add": 3,
+        "rms_norm_add_rms_norm": 4,
+    },
+    "gemma4_text@dense": {"rms_norm": 1, "qk_rms_norm_rope": 2, "rms_norm_add_rms_norm": 4},
     # The three norms of a residual are one op, and so is the end of a layer with the next norm. The
     # keys of the layer with full attention serve as values.
     "gemma4_text@moe": {
-        "rms_norm": 5,
-        "rms_norms": 3,
+        "rms_norm": 1,
+        "qk_rms_norm_rope": 2,
         "rms_norm_add": 2,
+        "rms_norms": 2,
         "dual_rms_norm_add_rms_norm": 2,
     },
-    "olmo2": {"rms_norm": 4, "rms_norm_add": 3, "rms_norm_add_rms_norm": 1},
-    "olmo3": {"rms_norm": 4, "rms_norm_add": 3, "rms_norm_add_rms_norm": 1},
+    "olmo2": {"qk_rms_norm": 2, "rms_norm_add": 3, "rms_norm_add_rms_norm": 1},
+    "olmo3": {"qk_rms_norm": 2, "rms_norm_add": 3, "rms_norm_add_rms_norm": 1},
 }
 LAYERS = {"llama4_text": 4}
 
