@@ -56,9 +56,10 @@ class Lower:
             return wanted, None
         if device.type not in KERNEL_DEVICES:
             return "inline", f"the activations are on {device.type}, and the kernels are for CUDA"
-        if wanted == "auto":
+        values = _values(node.args)
+        if wanted == "auto" and not forms.kernel_wins(node.target, values, _capability(device)):
             return "inline", "no measurement says that the kernel beats Inductor's own here"
-        obstacle = forms.obstacle_to_kernel(node.target, _values(node.args))
+        obstacle = forms.obstacle_to_kernel(node.target, values)
         return ("inline", obstacle) if obstacle else ("triton", None)
 
     def _splice(self, node: Node, lowering: str) -> None:
@@ -78,6 +79,12 @@ class Lower:
                 user.replace_all_uses_with(replacement)
             node.graph.erase_node(user)
         node.graph.erase_node(node)
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip:
+        return (0, 0)
+    return torch.cuda.get_device_capability(device)
 
 
 def _operands(node: Node) -> list[Node]:
