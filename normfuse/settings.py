@@ -14,6 +14,8 @@ RULE_NAMES = (
     "rms_norm",
     "l2_norm",
     "qk_rms_norm_rope",
+    "gated_rms_norm",
+    "modulated_rms_norm",
     "dual_rms_norm_add",
     "rms_norm_add",
     "rms_norms",

@@ -16,6 +16,41 @@ def rms_norm(
     return unit if weight is None else unit * (weight.double() + offset)
 
 
+def gated_rms_norm(
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    offset: float,
+    groups: int,
+    gate_first: bool,
+    activation: str,
+) -> torch.Tensor:
+    """A gate before or after a norm of groups, in float64."""
+    gate = gate.double()
+    factor = gate.sigmoid() if activation == "sigmoid" else gate * gate.sigmoid()
+    value = x.double() * factor if gate_first else x
+    rows = value.unflatten(-1, (groups, x.shape[-1] // groups))
+    if weight is not None and weight.shape != rows.shape[-1:]:
+        weight = weight.unflatten(-1, rows.shape[-2:])
+    y = rms_norm(rows, weight, eps, offset).flatten(-2)
+    return y if gate_first else y * factor
+
+
+def modulated_rms_norm(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    eps: float,
+    offset: float,
+    scale_offset: float,
+) -> torch.Tensor:
+    """A norm times `scale + scale_offset`, plus shift, in float64."""
+    y = rms_norm(x, weight, eps, offset) * (scale.double() + scale_offset)
+    return y if shift is None else y + shift.double()
+
+
 def residual_sum(branch: torch.Tensor, residual: torch.Tensor, scales: Scales) -> torch.Tensor:
     """(residual + branch * branch_scale) * total_scale, in float64."""
     branch_scale = _factor(scales.branch, scales.branch_tensor)

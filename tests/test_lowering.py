@@ -13,6 +13,7 @@ from normfuse.ops import (
     ADD_RMS_NORM,
     DUAL_RMS_NORM_ADD,
     DUAL_RMS_NORM_ADD_RMS_NORM,
+    GATED_RMS_NORM,
     RMS_NORM,
     RMS_NORMS,
 )
@@ -140,6 +141,20 @@ class TestTriton:
         assert len(launches) == 2
         assert launches[0].kwargs["kernel_idx"] == launches[1].kwargs["kernel_idx"]
         assert len({buffer.untyped_storage()._cdata for buffer in buffers}) == len(buffers) == 4
+
+    def test_groups_are_the_rows_of_a_launch(self):
+        def gated_groups(packed, weight):
+            x, gate = packed.chunk(2, dim=-1)
+            gating = "gate=f32 factor=f32 product=f32 out=f32"
+            norm = (1e-6, 0.0, 2, True, "silu", LLAMA, gating)
+            return GATED_RMS_NORM(x, gate, weight, *norm)[0]
+
+        graph = lowered(gated_groups, (3, 32), (16,))
+        (launch,) = [node for node in graph.nodes if "triton" in str(node.target)]
+        passed = launch.kwargs["kwargs"]
+        assert {passed["stride_gate_outer"], passed["stride_gate_middle"]} == {32, 8}
+        assert passed["num_rows"] == 6
+        assert launch.kwargs["tensors_to_clone"] == ["y_ptr"]
 
     def test_the_launch_pins_the_strides_of_its_inputs(self):
         def norm_of_a_slice(packed, weight):

@@ -7,7 +7,11 @@ from normfuse.ops.dual_rms_norm_add_rms_norm import (
     DualRMSNormAddRMSNorm,
     dual_rms_norm_add_rms_norm,
 )
+from normfuse.ops.gated_rms_norm import GATED_RMS_NORM, gated_rms_norm
+from normfuse.ops.gating import Gating
 from normfuse.ops.l2_norm import L2_NORM, l2_norm
+from normfuse.ops.modulated_rms_norm import MODULATED_RMS_NORM, modulated_rms_norm
+from normfuse.ops.modulation import Modulation
 from normfuse.ops.qk_rms_norm import QK_RMS_NORM, QKRMSNorm, qk_rms_norm
 from normfuse.ops.qk_rms_norm_rope import QK_RMS_NORM_ROPE, qk_rms_norm_rope
 from normfuse.ops.rms_norm import RMS_NORM, rms_norm
@@ -25,7 +29,9 @@ __all__ = [
     "ADD_RMS_NORM",
     "DUAL_RMS_NORM_ADD",
     "DUAL_RMS_NORM_ADD_RMS_NORM",
+    "GATED_RMS_NORM",
     "L2_NORM",
+    "MODULATED_RMS_NORM",
     "QK_RMS_NORM",
     "QK_RMS_NORM_ROPE",
     "RMS_NORM",
@@ -34,6 +40,8 @@ __all__ = [
     "RMS_NORM_ADD_RMS_NORM",
     "AddRMSNorm",
     "DualRMSNormAddRMSNorm",
+    "Gating",
+    "Modulation",
     "QKRMSNorm",
     "RMSNormAddRMSNorm",
     "Rotation",
@@ -41,7 +49,9 @@ __all__ = [
     "add_rms_norm",
     "dual_rms_norm_add",
     "dual_rms_norm_add_rms_norm",
+    "gated_rms_norm",
     "l2_norm",
+    "modulated_rms_norm",
     "qk_rms_norm",
     "qk_rms_norm_rope",
     "rms_norm",

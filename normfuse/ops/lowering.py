@@ -21,7 +21,11 @@ from normfuse.ops.dual_rms_norm_add_rms_norm import (
     DUAL_RMS_NORM_ADD_RMS_NORM,
     dual_rms_norm_add_rms_norm_reference,
 )
+from normfuse.ops.gated_rms_norm import GATED_RMS_NORM, gated_rms_norm_reference
+from normfuse.ops.gating import Gating
 from normfuse.ops.l2_norm import L2_NORM, l2_norm_reference
+from normfuse.ops.modulated_rms_norm import MODULATED_RMS_NORM, modulated_rms_norm_reference
+from normfuse.ops.modulation import Modulation
 from normfuse.ops.qk_rms_norm import (
     QK_RMS_NORM,
     by_plan,
@@ -44,6 +48,8 @@ _REFERENCES: dict[Any, Callable[..., Any]] = {
     RMS_NORM: rms_norm_reference,
     RMS_NORMS: rms_norms_reference,
     L2_NORM: l2_norm_reference,
+    GATED_RMS_NORM: gated_rms_norm_reference,
+    MODULATED_RMS_NORM: modulated_rms_norm_reference,
     ADD_RMS_NORM: add_rms_norm_reference,
     RMS_NORM_ADD: rms_norm_add_reference,
     RMS_NORM_ADD_RMS_NORM: rms_norm_add_rms_norm_reference,
@@ -115,6 +121,24 @@ def _launch_l2_norm(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
     x, eps_tensor, eps, plan = arguments
     steps = RoundingPlan.parse(plan)
     return launch(x, None, eps_tensor, eps, 0.0, steps, store_rstd=used[1], wrap=wrap)
+
+
+def _launch_gated_rms_norm(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
+    from normfuse.ops.kernels.gated_rms_norm import launch
+
+    x, gate, weight, eps, offset, groups, gate_first, activation, plan, gating = arguments
+    norm = (eps, offset, groups, gate_first, activation)
+    types = RoundingPlan.parse(plan), Gating.parse(gating)
+    return launch(x, gate, weight, *norm, *types, store_rstd=used[1], wrap=wrap)
+
+
+def _launch_modulated_rms_norm(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
+    from normfuse.ops.kernels.modulated_rms_norm import launch
+
+    x, scale, shift, weight, eps, offset, scale_offset, plan, modulation = arguments
+    types = RoundingPlan.parse(plan), Modulation.parse(modulation)
+    norm = (eps, offset, scale_offset)
+    return launch(x, scale, shift, weight, *norm, *types, store_rstd=used[1], wrap=wrap)
 
 
 def _launch_add_rms_norm(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
@@ -208,6 +232,8 @@ _LAUNCHES: dict[Any, Callable[..., Any]] = {
     RMS_NORM: _launch_rms_norm,
     RMS_NORMS: _launch_rms_norms,
     L2_NORM: _launch_l2_norm,
+    GATED_RMS_NORM: _launch_gated_rms_norm,
+    MODULATED_RMS_NORM: _launch_modulated_rms_norm,
     ADD_RMS_NORM: _launch_add_rms_norm,
     RMS_NORM_ADD: _launch_rms_norm_add,
     RMS_NORM_ADD_RMS_NORM: _launch_rms_norm_add_rms_norm,

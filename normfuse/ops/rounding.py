@@ -9,8 +9,9 @@ norm and reproduces it.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -105,6 +106,11 @@ class RoundingPlan:
         """What the inverse root is made with: plans that agree here can share one."""
         return self.compute, self.mean, self.root
 
+    def with_out(self, out: torch.dtype) -> RoundingPlan:
+        """The same norm with another type of its result."""
+        unit = self.unit if self.weight is not None else _without_repeats((*self.unit, out))
+        return replace(self, unit=unit, out=out)
+
     def fast(self) -> RoundingPlan:
         """The same norm with one rounding only, at the result (`numerics="fast"`)."""
         wide = torch.promote_types(self.compute, torch.float32)
@@ -164,3 +170,32 @@ def _parse(text: str) -> RoundingPlan:
         weight=(weight[0], weight[-1]) if weight else None,
         out=DTYPES[words["out"]],
     )
+
+
+@dataclass(frozen=True)
+class Types:
+    """A few named types that an op carries as one string: `gate=f32 product=f32 out=bf16`."""
+
+    def __post_init__(self) -> None:
+        for name, dtype in self._items():
+            if dtype not in SHORT:
+                raise TypeError(f"{name} must be one of {FLOATS}, got {dtype}: pass a float type")
+
+    def __str__(self) -> str:
+        return " ".join(f"{name}={SHORT[dtype]}" for name, dtype in self._items())
+
+    @classmethod
+    def parse(cls, text: str) -> Any:
+        """The value that `str(value)` wrote; ValueError if `text` is none."""
+        names = [field.name for field in fields(cls)]
+        words = re.fullmatch(" ".join(f"{name}=({'|'.join(DTYPES)})" for name in names), text)
+        if words is None:
+            example = " ".join(f"{name}=f32" for name in names)
+            raise ValueError(
+                f"the types of a {cls.__name__} read like {example!r}, got {text!r}: "
+                f"write them with str({cls.__name__}(...))"
+            )
+        return cls(*(DTYPES[short] for short in words.groups()))
+
+    def _items(self) -> list[tuple[str, Any]]:
+        return [(field.name, getattr(self, field.name)) for field in fields(self)]

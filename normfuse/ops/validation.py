@@ -43,13 +43,40 @@ def check_residual(
     residual: torch.Tensor, x: torch.Tensor, name: str = "residual", other: str = "x"
 ) -> None:
     """`residual` must be a floating tensor of the shape and device of `x`."""
-    check_activation(name, residual)
-    if residual.shape != x.shape:
+    check_like(name, residual, x, other)
+
+
+def check_like(name: str, value: torch.Tensor, x: torch.Tensor, other: str = "x") -> None:
+    """`value` must be a floating tensor of the shape and device of `x`, called `other`."""
+    check_activation(name, value)
+    if value.shape != x.shape:
         raise ValueError(
-            f"{name} must have the shape of {other}, {tuple(x.shape)}, "
-            f"got {tuple(residual.shape)}: expand it before the call"
+            f"{name} must have the shape of {other}, {tuple(x.shape)}, got {tuple(value.shape)}: "
+            "expand it before the call"
         )
-    check_device(name, residual, x)
+    check_device(name, value, x)
+
+
+def check_broadcast(name: str, value: torch.Tensor, x: torch.Tensor) -> None:
+    """`value` must have the columns of `x`, broadcast to its rows, and be on its device."""
+    check_activation(name, value)
+    fits = value.dim() <= x.dim() and value.shape[-1] == x.shape[-1]
+    leading = zip(reversed(value.shape[:-1]), reversed(x.shape[:-1]), strict=False)
+    if not fits or any(size not in (1, rows) for size, rows in leading):
+        raise ValueError(
+            f"{name} must have the columns of x, {tuple(x.shape)}, and broadcast over its rows, "
+            f"got {tuple(value.shape)}: add dimensions of size 1 where it broadcasts"
+        )
+    check_device(name, value, x)
+
+
+def check_groups(groups: int, x: torch.Tensor) -> None:
+    """`groups` must divide the last axis of `x`."""
+    if not isinstance(groups, int) or groups < 1 or x.shape[-1] % groups:
+        raise ValueError(
+            f"groups must divide the last dimension of x, {x.shape[-1]}, got {groups}: "
+            "pass the number of groups, not their size"
+        )
 
 
 def check_scale(name: str, scale: float | torch.Tensor | None, x: torch.Tensor) -> None:

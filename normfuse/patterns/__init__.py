@@ -4,7 +4,9 @@ from normfuse.patterns import (
     add_rms_norm,
     dual_rms_norm_add,
     dual_rms_norm_add_rms_norm,
+    gated_rms_norm,
     l2_norm,
+    modulated_rms_norm,
     qk_rms_norm,
     qk_rms_norm_rope,
     rms_norm,
@@ -22,8 +24,12 @@ RECOGNISE = (rms_norm.RULE, l2_norm.RULE)
 # `rms_norm_add`, which would take one of the two norms with the sum of both. `rms_norms` takes all
 # norms of a value before a chain takes one of them for itself. `add_rms_norm` comes last, because
 # it takes any sum that is still there; a norm after RoPE, whose input is a sum, is taken before.
+#
+# A gate or a modulation around a norm saves more than the sum before it, so they come early, too.
 COMPOSE = (
     qk_rms_norm_rope.RULE,
+    gated_rms_norm.RULE,
+    modulated_rms_norm.RULE,
     dual_rms_norm_add.RULE,
     rms_norm_add.RULE,
     rms_norms.RULE,

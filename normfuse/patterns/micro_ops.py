@@ -38,6 +38,8 @@ class Kind(Enum):
     CLAMP = auto()
     CAST = auto()
     VIEW = auto()
+    SIGMOID = auto()
+    SILU = auto()
     RMS_NORM = auto()
 
 
@@ -85,6 +87,9 @@ _TABLE: dict[Any, Kind] = {
     **_names(Kind.VIEW, "contiguous", "unflatten", torch.reshape, torch.unsqueeze, torch.flatten),
     **_names(Kind.VIEW, aten.view.default, aten.reshape.default, aten._unsafe_view.default),
     **_names(Kind.VIEW, aten.unsqueeze.default, aten.expand.default, operator.getitem),
+    **_names(Kind.SIGMOID, torch.sigmoid, torch.special.expit, torch.nn.functional.sigmoid),
+    **_names(Kind.SIGMOID, "sigmoid", aten.sigmoid.default),
+    **_names(Kind.SILU, torch.nn.functional.silu, aten.silu.default),
     **_names(Kind.RMS_NORM, torch.rms_norm, torch.nn.functional.rms_norm),
     **_names(Kind.RMS_NORM, aten.rms_norm.default),
 }
@@ -128,6 +133,12 @@ def _binary(kind: Kind, node: Node) -> MicroOp | None:
 def _unary(kind: Kind, node: Node) -> MicroOp | None:
     operands = _arguments(node, ("self", "input"))
     return None if operands is None or len(node.args) > 1 else MicroOp(kind, operands)
+
+
+def _silu(kind: Kind, node: Node) -> MicroOp | None:
+    """`F.silu(x)`, also in place, where its value is the same; `mutation.py` judges the write."""
+    operands = _arguments(node, ("self", "input"))
+    return None if operands is None else MicroOp(kind, operands)
 
 
 def _clamp(kind: Kind, node: Node) -> MicroOp | None:
@@ -187,6 +198,8 @@ _READERS: dict[Kind, Callable[[Kind, Node], MicroOp | None]] = {
     Kind.SUM: _reduction,
     Kind.CAST: _cast,
     Kind.VIEW: _view,
+    Kind.SIGMOID: _unary,
+    Kind.SILU: _silu,
     Kind.RMS_NORM: _rms_norm,
 }
 

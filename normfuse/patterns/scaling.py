@@ -127,9 +127,9 @@ def _read_product(statistic: Statistic) -> Product:
                 continue
             if _is_same_value(value, statistic.h):
                 assert isinstance(value, Node)
-                _check_promotion(user, value, inverse)
+                check_promotion(user, value, inverse)
                 _check_column(inverse, statistic.h)
-                x = _uncast(value)
+                x = uncast(value)
                 rstd = _rounded_to(statistic, path)
                 copies = (*_between(value, x), *_between(statistic.h, x))
                 return Product(user, x, inverse, kind, rstd, (*path, user), copies)
@@ -196,10 +196,10 @@ def _inverts(kind: Kind, operands: tuple[Operand, ...]) -> bool:
 
 
 def _is_same_value(value: Operand, h: Node) -> bool:
-    return isinstance(value, Node) and tensor(value) is not None and _uncast(value) is _uncast(h)
+    return isinstance(value, Node) and tensor(value) is not None and uncast(value) is uncast(h)
 
 
-def _uncast(node: Node) -> Node:
+def uncast(node: Node) -> Node:
     """The value before casts that round nothing: `x.float()` is x."""
     while (source := source_of(node, Kind.CAST)) is not None and is_exact_cast(
         dtype(source), dtype(node)
@@ -219,7 +219,7 @@ def _between(node: Node, source: Node) -> tuple[Node, ...]:
     return tuple(path)
 
 
-def _check_promotion(node: Node, left: Node, right: Node) -> None:
+def check_promotion(node: Node, left: Node, right: Node) -> None:
     expected = torch.promote_types(dtype(left), dtype(right))
     if dtype(node) != expected:
         raise Decline(
@@ -258,13 +258,11 @@ def _with_cast(scaling: Scaling, cast: Node) -> Scaling | None:
         formed = torch.promote_types(scaling.unit[-1], scaling.weight.dtypes[1])
         return longer if scaling.out == formed else None
     return (
-        replace(longer, unit=(*scaling.unit, target))
-        if _rounds_once(scaling.unit, target)
-        else None
+        replace(longer, unit=(*scaling.unit, target)) if rounds_once(scaling.unit, target) else None
     )
 
 
-def _rounds_once(unit: tuple[torch.dtype, ...], target: torch.dtype) -> bool:
+def rounds_once(unit: tuple[torch.dtype, ...], target: torch.dtype) -> bool:
     """Whether casting further to `target` still leaves one rounding after the product."""
     rounded = [second for first, second in pairwise(unit) if not is_exact_cast(first, second)]
     return len(unit) < 3 and (is_exact_cast(unit[-1], target) or not rounded)
@@ -288,8 +286,8 @@ def _with_weight(scaling: Scaling, product: Node, factor: Operand) -> Scaling | 
                 f"the weight of shape {tuple(shape)} is no row vector over the last axis, {width}"
             )
         return None
-    _check_promotion(product, scaling.last, factor)
-    weight = _read_weight(factor, width)
+    check_promotion(product, scaling.last, factor)
+    weight = read_weight(factor, width)
     if weight is None:
         return None
     return replace(
@@ -309,7 +307,7 @@ def _is_parameter(node: Node) -> bool:
     return isinstance(current, Node) and current.op in ("placeholder", "get_attr")
 
 
-def _read_weight(factor: Node, width: int) -> Weight | None:
+def read_weight(factor: Node, width: int) -> Weight | None:
     """`(weight.float() + 1.0).to(bf16)` -> weight, 1.0, (f32, bf16); a lone cast goes as well."""
     multiplied = dtype(factor)
     node = _unview(factor)
@@ -340,14 +338,12 @@ def _peel_cast(node: Node) -> Node:
 
 
 def _unview(node: Node) -> Node:
-    """A vector before the views that only add leading axes of size 1."""
+    """A vector before the views that only add leading axes of size 1, or split it in groups."""
     while (source := source_of(node, Kind.VIEW)) is not None:
         before, after = fake_of(source), fake_of(node)
-        if (
-            before.dim() < 1
-            or before.shape[-1] != after.shape[-1]
-            or before.numel() != after.numel()
-        ):
+        if before.dim() < 1 or before.numel() != after.numel():
+            break
+        if before.dim() > 1 and before.shape[-1] != after.shape[-1]:
             break
         node = source
     return node

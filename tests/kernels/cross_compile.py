@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from normfuse.ops.gating import Gating
 from normfuse.ops.kernels import (
     add_rms_norm,
     dual_rms_norm_add,
     dual_rms_norm_add_rms_norm,
+    gated_rms_norm,
+    modulated_rms_norm,
     qk_rms_norm_rope,
     rms_norm,
     rms_norm_add,
@@ -23,6 +27,7 @@ from normfuse.ops.kernels import (
     rms_norms,
 )
 from normfuse.ops.kernels.tile import Launch
+from normfuse.ops.modulation import Modulation
 from normfuse.ops.residual_sum import Scales
 from normfuse.ops.rotation import Rotation
 from normfuse.ops.rounding import RoundingPlan
@@ -37,6 +42,9 @@ TARGETS = {
 KERNELS = {
     "rms_norm": rms_norm,
     "rms_norms": rms_norms,
+    "gated_rms_norm": gated_rms_norm,
+    "gated_rms_norm, gate first": gated_rms_norm,
+    "modulated_rms_norm": modulated_rms_norm,
     "add_rms_norm": add_rms_norm,
     "rms_norm_add": rms_norm_add,
     "rms_norm_add_rms_norm": rms_norm_add_rms_norm,
@@ -91,7 +99,8 @@ def compile_kernel(
     x = torch.empty(64, width, dtype=dtype, device="meta")
     weight = torch.empty(width, dtype=dtype, device="meta")
     held = getattr(KERNELS[stem], "HELD", 1)
-    tile = Launch.for_shape(width, dtype, held=held, warp_size=gpu.warp_size)
+    tile_for = getattr(KERNELS[stem], "tile_for", partial(Launch.for_shape, held=held))
+    tile = tile_for(width, dtype, warp_size=gpu.warp_size)
     norm, settings = (1e-6, 1.0, plan), {"tile": tile, "wrap": recorder}
     if stem == "rms_norm":
         rms_norm.launch(x, weight, None, *norm, **settings)
@@ -102,6 +111,12 @@ def compile_kernel(
         count = 4 if stem.endswith("norm") else 3
         weights, norms = [weight] * count, [norm] * count
         KERNELS[stem].launch(x, x, x, weights, Scales(), norms, **settings)
+    elif KERNELS[stem] is gated_rms_norm:
+        gate = (1, "gate first" in stem, "silu", plan, Gating.once(dtype))
+        gated_rms_norm.launch(x, x, weight, 1e-6, 1.0, *gate, **settings)
+    elif stem == "modulated_rms_norm":
+        scale, types = x[:1], Modulation.once(dtype)
+        modulated_rms_norm.launch(x, scale, scale, weight, 1e-6, 1.0, 1.0, plan, types, **settings)
     elif stem == "rms_norm_add_rms_norm":
         weights = (weight, weight)
         rms_norm_add_rms_norm.launch(x, x, *weights, Scales(), *norm, *norm, **settings)

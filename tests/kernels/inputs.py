@@ -123,6 +123,17 @@ def changed(left: torch.Tensor, right: torch.Tensor) -> float:
     return (left != right).double().mean().item()
 
 
+def assert_rounds_as_eager(result: torch.Tensor, eager: torch.Tensor) -> None:
+    """A narrow result is eager's, but for the few elements whose last float32 bits round apart.
+
+    The sums of squares and the exponentials differ in the last 8 units of float32 at most. Each
+    such unit moves a value across a boundary of its type about once in 2^16 for bfloat16.
+    """
+    last_bits = 8 * torch.finfo(F32).eps / torch.finfo(result.dtype).eps
+    share = changed(result, eager)
+    assert share <= max(last_bits, 1.5 / result.numel()), f"{share:.2%} of the elements differ"
+
+
 def assert_same_bits(results: tuple, eager: tuple) -> None:
     """Every result is eager's, element for element; a result that is None was not asked for."""
     for result, expected in zip(results, eager, strict=True):

@@ -63,6 +63,7 @@ def test_a_wide_row_does_not_spill(stem, width, dtype, plan, tmp_path):
 @pytest.mark.parametrize(
     "stem",
     [
+        "modulated_rms_norm",
         "rms_norm_add",
         "rms_norm_add_rms_norm",
         "dual_rms_norm_add",

@@ -217,3 +217,58 @@ def normalised_sum(
     return residual_sum(
         branch, residual, branch_scale_ptr, total_scale_ptr, BRANCH_SCALE, TOTAL_SCALE, SUM
     )
+
+
+@triton.jit
+def row_start(row, size_middle, size_inner, stride_outer, stride_middle, stride_inner):
+    """Where each row begins, its number being split as `rows.RowStrides` says."""
+    outer = row // size_inner // size_middle
+    middle = row // size_inner % size_middle
+    inner = row % size_inner
+    return outer * stride_outer + middle * stride_middle + inner * stride_inner
+
+
+@triton.jit
+def gated(value, gate, GATING: tl.constexpr):
+    """A tile of value * act(gate), with the roundings of one gate."""
+    TYPE: tl.constexpr = step(GATING, "gate")
+    ACTIVATION: tl.constexpr = step(GATING, "activation")
+    PRODUCT: tl.constexpr = step(GATING, "product")
+    gate = rounded(gate, TYPE)  # eager's cast of the gate
+    # torch's formula. A correctly rounded quotient would double the registers of a thread, from 37
+    # to 72 (tests/kernels/cross_compile.py, sm_100, rows of 256); this one errs by 2 units at most.
+    grown = 1.0 + tl.exp(-gate)
+    if ACTIVATION == "silu":
+        factor = gate / grown
+    else:
+        factor = 1.0 / grown
+        if ACTIVATION == "x_sigmoid":
+            factor = gate * rounded(factor, TYPE)
+    factor = rounded(rounded(factor, TYPE), step(GATING, "factor"))  # eager's activation
+    product = rounded(rounded(value, PRODUCT) * rounded(factor, PRODUCT), PRODUCT)
+    return rounded(product, step(GATING, "out"))  # eager's cast of the result
+
+
+@triton.jit
+def modulated(
+    value,
+    scale_ptr,
+    shift_ptr,
+    cols,
+    mask,
+    SCALE_OFFSET: tl.constexpr,
+    MODULATION: tl.constexpr,
+):
+    """A tile of value * (scale + offset) + shift, scale and shift read here."""
+    FACTOR: tl.constexpr = step(MODULATION, "factor")
+    PRODUCT: tl.constexpr = step(MODULATION, "product")
+    SUM: tl.constexpr = step(MODULATION, "sum")
+    factor = rounded(load_held(scale_ptr + cols, mask), FACTOR)
+    if SCALE_OFFSET != 0.0:
+        factor = rounded(factor + SCALE_OFFSET, FACTOR)  # eager's `1 + scale`
+    value, factor = rounded(value, PRODUCT), rounded(factor, PRODUCT)
+    value = multiplied(value, factor, PRODUCT, shift_ptr is not None)  # eager's product
+    if shift_ptr is not None:
+        shift = rounded(load_held(shift_ptr + cols, mask), SUM)
+        value = rounded(rounded(value, SUM) + shift, SUM)  # eager's add
+    return rounded(value, step(MODULATION, "out"))  # eager's cast of the result

@@ -56,6 +56,33 @@ def empty_sum(
     return torch.empty_strided(residual.shape, strides, dtype=dtype, device=residual.device)
 
 
+def empty_product(
+    value: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype, *, is_fresh: bool
+) -> torch.Tensor:
+    """An uninitialised tensor laid out as torch lays out `value * f(factor)`.
+
+    `is_fresh`: the product reads a new tensor made from `value`, not `value`, which may be a view.
+    """
+    if all(known(a == b) for a, b in zip(value.stride(), factor.stride(), strict=True)):
+        return torch.empty_like(value, dtype=dtype)
+    value = torch.empty_like(value) if is_fresh else value
+    return empty_sum(factor, value, dtype, is_fresh=True)
+
+
+def empty_modulated(
+    value: torch.Tensor, operands: tuple[torch.Tensor, ...], dtype: torch.dtype
+) -> torch.Tensor:
+    """An uninitialised tensor laid out as torch lays out `f(value) * first + second`.
+
+    The operands broadcast to `value`, and one follows the other.
+    """
+    result = torch.empty_like(value, device="meta")
+    for operand in operands:
+        strides = compute_elementwise_output_strides(result, operand.expand(value.shape))
+        result = torch.empty_strided(value.shape, strides, device="meta")
+    return torch.empty_strided(value.shape, result.stride(), dtype=dtype, device=value.device)
+
+
 def row_order(*results: torch.Tensor | None) -> tuple[int, ...] | None:
     """The leading dimensions, outermost in memory first; None if some result has no such rows."""
     tensors = [result for result in results if result is not None]

@@ -32,15 +32,23 @@ class Launch:
 
     @classmethod
     def for_shape(
-        cls, cols: int, dtype: torch.dtype, *, held: int = 1, warp_size: int = WARP_SIZE
+        cls,
+        cols: int,
+        dtype: torch.dtype,
+        *,
+        held: int = 1,
+        warp_size: int = WARP_SIZE,
+        widest: int | None = None,
     ) -> Launch:
         """The tile for rows of `cols` elements held in `dtype`; rows too wide go in chunks.
 
         `held` is how many rows a program has in its registers at once: more threads share them.
+        `widest` is the width up to which rows do not go in chunks, by default `MAX_BLOCK` or half
+        of it.
         """
         is_double = dtype == torch.float64
         block = triton.next_power_of_2(cols)
-        if block > (MAX_BLOCK // 2 if is_double else MAX_BLOCK) // held:
+        if block > (widest or (MAX_BLOCK // 2 if is_double else MAX_BLOCK) // held):
             block = (4096 if is_double else 8192) // held
         rows = min(64, 2048 // block) if block <= 512 else 1
         elements_per_thread = (8 if is_double else 16) // held

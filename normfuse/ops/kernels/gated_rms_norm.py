@@ -1,0 +1,228 @@
+"""RMSNorm with a gate, over rows: each group of columns is a row.
+
+    rstd = 1 / sqrt(mean(x^2) + eps)                   gate last
+    y    = x * rstd * (weight + offset) * act(gate)
+
+    value = x * act(gate)                              gate first
+    rstd  = 1 / sqrt(mean(value^2) + eps)
+    y     = value * rstd * (weight + offset)
+
+Backward, gate last, with n = x * rstd * (weight + offset):
+
+    grad_gate = grad_y * n * act'(gate)
+    grad_x    = that of the norm, for grad_y * act(gate)
+
+Gate first, with grad_value that of the norm for grad_y:
+
+    grad_gate = grad_value * x * act'(gate)
+    grad_x    = grad_value * act(gate)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+
+from normfuse.ops.kernels.constants import norm_constants
+from normfuse.ops.kernels.row import (
+    gated,
+    load_held,
+    normalised,
+    root_of,
+    row_index,
+    row_start,
+    squares,
+    store_inverse_root,
+    zero_sums,
+)
+from normfuse.ops.kernels.rows import (
+    addressed,
+    as_vector,
+    copied_into,
+    empty_product,
+    is_empty,
+    num_rows,
+    row_order,
+)
+from normfuse.ops.kernels.tile import WARP_SIZE, Launch, device_of, eager
+
+if TYPE_CHECKING:
+    from normfuse.ops.gating import Gating
+    from normfuse.ops.rounding import RoundingPlan
+
+
+@triton.jit
+def _value(x_ptr, gate_ptr, cols, mask, GATE_FIRST: tl.constexpr, GATING: tl.constexpr):
+    """What is normalised."""
+    value = load_held(x_ptr + cols, mask)
+    if GATE_FIRST:
+        value = gated(value, load_held(gate_ptr + cols, mask), GATING)
+    return value
+
+
+@triton.jit
+def _result(
+    value,
+    root,
+    gate_ptr,
+    weight_ptr,
+    cols,
+    mask,
+    N: tl.constexpr,
+    OFFSET: tl.constexpr,
+    PLAN: tl.constexpr,
+    GATE_FIRST: tl.constexpr,
+    GATING: tl.constexpr,
+):
+    y = normalised(value, root, weight_ptr, cols, N, OFFSET, PLAN, False)
+    if not GATE_FIRST:
+        y = gated(y, load_held(gate_ptr + cols, mask), GATING)
+    return y
+
+
+@triton.jit
+def gated_rms_norm_kernel(
+    x_ptr,
+    gate_ptr,
+    weight_ptr,
+    y_ptr,
+    rstd_ptr,
+    num_rows,
+    size_x_middle,
+    size_x_inner,
+    stride_x_outer,
+    stride_x_middle,
+    stride_x_inner,
+    size_gate_middle,
+    size_gate_inner,
+    stride_gate_outer,
+    stride_gate_middle,
+    stride_gate_inner,
+    N: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    GATE_FIRST: tl.constexpr,
+    GATING: tl.constexpr,
+    EPS: tl.constexpr,
+    OFFSET: tl.constexpr,
+    PLAN: tl.constexpr,
+):
+    row = row_index(ROWS)
+    x_ptr += row_start(
+        row, size_x_middle, size_x_inner, stride_x_outer, stride_x_middle, stride_x_inner
+    )
+    gate_ptr += row_start(
+        row,
+        size_gate_middle,
+        size_gate_inner,
+        stride_gate_outer,
+        stride_gate_middle,
+        stride_gate_inner,
+    )
+    y_ptr += row * N
+    if WEIGHTS > 1:
+        weight_ptr += row % WEIGHTS * N  # the groups of one x follow each other
+    cols = tl.arange(0, BLOCK)[None, :]
+    if BLOCK >= N:
+        mask = (row < num_rows) & (cols < N)
+        value = _value(x_ptr, gate_ptr, cols, mask, GATE_FIRST, GATING)
+        root = root_of(squares(value, PLAN), None, N, EPS, PLAN)
+        y = _result(
+            value, root, gate_ptr, weight_ptr, cols, mask,
+            N, OFFSET, PLAN, GATE_FIRST, GATING,
+        )  # fmt: skip
+        tl.store(y_ptr + cols, y, mask=mask)
+    else:
+        sums = zero_sums(ROWS, BLOCK, PLAN)
+        for start in range(0, N, BLOCK):
+            mask = (row < num_rows) & (start + cols < N)
+            value = _value(x_ptr, gate_ptr, start + cols, mask, GATE_FIRST, GATING)
+            sums += squares(value, PLAN)
+        root = root_of(sums, None, N, EPS, PLAN)
+        for start in range(0, N, BLOCK):
+            mask = (row < num_rows) & (start + cols < N)
+            value = _value(x_ptr, gate_ptr, start + cols, mask, GATE_FIRST, GATING)
+            y = _result(
+                value, root, gate_ptr, weight_ptr, start + cols, mask,
+                N, OFFSET, PLAN, GATE_FIRST, GATING,
+            )  # fmt: skip
+            tl.store(y_ptr + start + cols, y, mask=mask)
+    store_inverse_root(rstd_ptr, root, row, num_rows, PLAN)
+
+
+def tile_for(cols: int, dtype: torch.dtype, *, warp_size: int = WARP_SIZE) -> Launch:
+    """The tile for rows of `cols` elements, which hold a gate besides: narrower than others.
+
+    On sm_90, rows of 32768 would spill 24 bytes a thread, and in float64 rows of 8192 96 bytes
+    (tests/kernels/test_cross_compile.py).
+    """
+    widest = 4096 if dtype == torch.float64 else 16384
+    return Launch.for_shape(cols, dtype, warp_size=warp_size, widest=widest)
+
+
+def launch(
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    offset: float,
+    groups: int,
+    gate_first: bool,
+    activation: str,
+    plan: RoundingPlan,
+    gating: Gating,
+    *,
+    store_rstd: bool = True,
+    tile: Launch | None = None,
+    wrap: Callable[[Any], Any] = eager,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """x, gate (..., N), weight (N,), (N / groups,) or None -> y (..., N), rstd or None.
+
+    `y` is laid out as the product of eager. `store_rstd`, `tile` and `wrap` as in
+    `rms_norm.launch`.
+    """
+    is_fresh = not gate_first or torch.promote_types(x.dtype, gating.factor) != gating.product
+    y = empty_product(x, gate, plan.out if gate_first else gating.out, is_fresh=is_fresh)
+    width = x.shape[-1] // groups
+    rows_of_x, rows_of_gate, rows_of_y = (
+        tensor if groups == 1 else tensor.unflatten(-1, (groups, width)) for tensor in (x, gate, y)
+    )
+    rstd = None
+    if store_rstd:
+        rstd = x.new_empty((*rows_of_x.shape[:-1], 1), dtype=plan.compute)
+    if is_empty(x):
+        return y, rstd
+    order = row_order(rows_of_y, rstd)
+    if order is None:
+        again = partial(launch, store_rstd=store_rstd, tile=tile, wrap=wrap)
+        norm = (eps, offset, groups, gate_first, activation, plan, gating)
+        return copied_into((y, rstd), again(x.contiguous(), gate.contiguous(), weight, *norm))
+    rows_of_x, strides_x = addressed(rows_of_x, order, rows_of_y)
+    rows_of_gate, strides_gate = addressed(rows_of_gate, order, rows_of_y)
+    tile = tile or tile_for(width, torch.promote_types(gating.product, plan.compute))
+    with device_of(x, wrap):
+        wrap(gated_rms_norm_kernel)[tile.grid(num_rows(rows_of_y))](
+            rows_of_x,
+            rows_of_gate,
+            as_vector(weight),
+            y,
+            rstd,
+            num_rows(rows_of_y),
+            *strides_x,
+            *strides_gate,
+            N=width,
+            ROWS=tile.rows,
+            BLOCK=tile.block,
+            WEIGHTS=1 if weight is None else weight.shape[0] // width,
+            GATE_FIRST=int(gate_first),
+            GATING=f"activation={activation} {gating}",
+            **norm_constants(plan, eps, offset),
+            num_warps=tile.num_warps,
+        )
+    return y, rstd

@@ -1,0 +1,201 @@
+"""RMSNorm, then a modulation, over rows.
+
+    rstd = 1 / sqrt(mean(x^2) + eps)
+    n    = x * rstd * (weight + offset)
+    y    = n * (scale + scale_offset) + shift
+
+Scale and shift broadcast over rows: the strides of such axes are 0.
+
+Backward:
+
+    grad_shift = grad_y, summed over the rows that share it
+    grad_scale = grad_y * n, likewise
+    grad_x     = that of the norm, for grad_y * (scale + scale_offset)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+
+from normfuse.ops.kernels.constants import norm_constants
+from normfuse.ops.kernels.row import (
+    load_held,
+    modulated,
+    normalised,
+    root_of,
+    row_index,
+    row_start,
+    squares,
+    store_inverse_root,
+    zero_sums,
+)
+from normfuse.ops.kernels.rows import (
+    RowStrides,
+    addressed,
+    as_vector,
+    copied_into,
+    empty_modulated,
+    is_empty,
+    num_rows,
+    row_order,
+)
+from normfuse.ops.kernels.tile import WARP_SIZE, Launch, device_of, eager
+
+if TYPE_CHECKING:
+    from normfuse.ops.modulation import Modulation
+    from normfuse.ops.rounding import RoundingPlan
+
+
+@triton.jit
+def modulated_rms_norm_kernel(
+    x_ptr,
+    scale_ptr,
+    shift_ptr,
+    weight_ptr,
+    y_ptr,
+    rstd_ptr,
+    num_rows,
+    size_x_middle,
+    size_x_inner,
+    stride_x_outer,
+    stride_x_middle,
+    stride_x_inner,
+    size_scale_middle,
+    size_scale_inner,
+    stride_scale_outer,
+    stride_scale_middle,
+    stride_scale_inner,
+    size_shift_middle,
+    size_shift_inner,
+    stride_shift_outer,
+    stride_shift_middle,
+    stride_shift_inner,
+    N: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SCALE_OFFSET: tl.constexpr,
+    MODULATION: tl.constexpr,
+    EPS: tl.constexpr,
+    OFFSET: tl.constexpr,
+    PLAN: tl.constexpr,
+):
+    row = row_index(ROWS)
+    x_ptr += row_start(
+        row, size_x_middle, size_x_inner, stride_x_outer, stride_x_middle, stride_x_inner
+    )
+    scale_ptr += row_start(
+        row,
+        size_scale_middle,
+        size_scale_inner,
+        stride_scale_outer,
+        stride_scale_middle,
+        stride_scale_inner,
+    )
+    if shift_ptr is not None:
+        shift_ptr += row_start(
+            row,
+            size_shift_middle,
+            size_shift_inner,
+            stride_shift_outer,
+            stride_shift_middle,
+            stride_shift_inner,
+        )
+    y_ptr += row * N
+    cols = tl.arange(0, BLOCK)[None, :]
+    if BLOCK >= N:
+        mask = (row < num_rows) & (cols < N)
+        x = load_held(x_ptr + cols, mask)
+        root = root_of(squares(x, PLAN), None, N, EPS, PLAN)
+        y = normalised(x, root, weight_ptr, cols, N, OFFSET, PLAN, False)
+        y = modulated(y, scale_ptr, shift_ptr, cols, mask, SCALE_OFFSET, MODULATION)
+        tl.store(y_ptr + cols, y, mask=mask)
+    else:
+        sums = zero_sums(ROWS, BLOCK, PLAN)
+        for start in range(0, N, BLOCK):
+            mask = (row < num_rows) & (start + cols < N)
+            sums += squares(load_held(x_ptr + start + cols, mask), PLAN)
+        root = root_of(sums, None, N, EPS, PLAN)
+        for start in range(0, N, BLOCK):
+            mask = (row < num_rows) & (start + cols < N)
+            x = load_held(x_ptr + start + cols, mask)
+            y = normalised(x, root, weight_ptr, start + cols, N, OFFSET, PLAN, False)
+            y = modulated(y, scale_ptr, shift_ptr, start + cols, mask, SCALE_OFFSET, MODULATION)
+            tl.store(y_ptr + start + cols, y, mask=mask)
+    store_inverse_root(rstd_ptr, root, row, num_rows, PLAN)
+
+
+def tile_for(cols: int, dtype: torch.dtype, *, warp_size: int = WARP_SIZE) -> Launch:
+    """The tile for rows of `cols` elements; in float64 a row in chunks takes smaller ones.
+
+    On sm_90, chunks of 4096 would spill 8 bytes a thread (tests/kernels/test_cross_compile.py).
+    """
+    tile = Launch.for_shape(cols, dtype, warp_size=warp_size)
+    if dtype != torch.float64 or tile.block >= cols:
+        return tile
+    return replace(tile, block=tile.block // 2, num_warps=tile.num_warps // 2)
+
+
+def launch(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    eps: float,
+    offset: float,
+    scale_offset: float,
+    plan: RoundingPlan,
+    modulation: Modulation,
+    *,
+    store_rstd: bool = True,
+    tile: Launch | None = None,
+    wrap: Callable[[Any], Any] = eager,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """x (..., N), scale and shift that broadcast to it -> y (..., N), rstd (..., 1) or None.
+
+    `store_rstd`, `tile` and `wrap` as in `rms_norm.launch`.
+    """
+    y = empty_modulated(x, (scale,) if shift is None else (scale, shift), modulation.out)
+    rstd = x.new_empty((*x.shape[:-1], 1), dtype=plan.compute) if store_rstd else None
+    if is_empty(x):
+        return y, rstd
+    order = row_order(y, rstd)
+    scale, shift = scale.expand(x.shape), None if shift is None else shift.expand(x.shape)
+    if order is None:
+        again = partial(launch, store_rstd=store_rstd, tile=tile, wrap=wrap)
+        norm = (weight, eps, offset, scale_offset, plan, modulation)
+        return copied_into((y, rstd), again(x.contiguous(), scale, shift, *norm))
+    x, strides_x = addressed(x, order, y)
+    scale, strides_scale = addressed(scale, order, y)
+    strides_shift = RowStrides(1, 1, 0, 0, 0)
+    if shift is not None:
+        shift, strides_shift = addressed(shift, order, y)
+    dtype = torch.promote_types(torch.promote_types(x.dtype, plan.compute), modulation.sum)
+    tile = tile or tile_for(x.shape[-1], dtype)
+    with device_of(x, wrap):
+        wrap(modulated_rms_norm_kernel)[tile.grid(num_rows(x))](
+            x,
+            scale,
+            shift,
+            as_vector(weight),
+            y,
+            rstd,
+            num_rows(x),
+            *strides_x,
+            *strides_scale,
+            *strides_shift,
+            N=x.shape[-1],
+            ROWS=tile.rows,
+            BLOCK=tile.block,
+            SCALE_OFFSET=float(scale_offset),
+            MODULATION=str(modulation),
+            **norm_constants(plan, eps, offset),
+            num_warps=tile.num_warps,
+        )
+    return y, rstd
