@@ -103,6 +103,19 @@ def test_dependent_norms_are_not_joined():
     assert found == (["qk_rms_norm_rope"] * 2, ["qk_rms_norm_rope"] * 2)
 
 
+class InPlaceNorm(GemmaRMSNorm):
+    """Only after autograd is it a norm: before, a write stands between its two halves."""
+
+    def _norm(self, x):
+        return x.mul_(torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
+
+
+def test_rope_is_read_after_autograd():
+    block = rotary.Attention(norm=InPlaceNorm).bfloat16()
+    found = ops(block, rotary.hidden_states(), *rotary.tables())
+    assert found == (["qk_rms_norm_rope"] * 2, ["qk_rms_norm_rope"])
+
+
 def inverse(x, cos, sin):
     return (x * cos) - (rotary.rotate_half(x) * sin)
 

@@ -296,3 +296,20 @@ def test_eps_before_the_mean_of_a_single_row():
 def test_with_transposed_heads():
     heads = torch.randn(2, 5, 4, WIDTH).bfloat16().transpose(1, 2)
     check(gemma, heads, torch.randn(WIDTH).bfloat16())
+
+
+def sum_as_weight(x, residual):
+    total = x + residual
+    return llama(total, total)
+
+
+def sandwich_sum_as_weight(x, residual):
+    total = residual + llama(x, residual)
+    return llama(total, total)
+
+
+@pytest.mark.parametrize("block", [sum_as_weight, sandwich_sum_as_weight])
+def test_sum_that_is_its_own_weight(block):
+    x, residual = torch.randn(WIDTH), torch.randn(WIDTH)
+    with torch.no_grad():
+        assert torch.equal(capture(block, lowering="op")(x, residual), block(x, residual))

@@ -24,7 +24,7 @@ def _apply(node: Node, context: Context) -> Node | None:
         return None
     total, weight, eps_tensor, eps, offset, plan = node.args
     found = read_sum(total) if isinstance(total, Node) else None
-    if found is None or eps_tensor is not None:
+    if found is None or eps_tensor is not None or weight is total:
         return None
     context.mutations.forbid_between((*found.nodes, node))
     users = [user for user in found.total.users if user is not node]

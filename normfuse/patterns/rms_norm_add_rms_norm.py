@@ -34,7 +34,7 @@ def norm_after_sum(
         return None
     total, weight, eps_tensor, *norm = node.args
     first = _sum_behind(total, first_op)
-    if first is None or eps_tensor is not None:
+    if first is None or eps_tensor is not None or weight is total:
         return None
     if any(user is not total for user in first.users if user.users):
         return None

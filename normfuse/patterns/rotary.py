@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
 
 from normfuse.ops.rotation import Rotation, partners
@@ -25,8 +26,12 @@ class Rotary:
     nodes: tuple[Node, ...]
 
 
+@unset_fake_temporarily()
 def read_rotary(x: Node) -> Rotary | None:
-    """How `x` (..., D) turns, if all that becomes of it is one rotary embedding."""
+    """How `x` (..., D) turns, if all that becomes of it is one rotary embedding.
+
+    The numbers of columns must be real; passes after autograd run in a mode that makes fakes.
+    """
     if not isinstance(fake_of(x).shape[-1], int):
         return None
     reader = Reader(x)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_leaves
 
 from normfuse.ops.rounding import RoundingPlan
 from normfuse.patterns.decline import Decline
@@ -82,8 +81,9 @@ def emit(
         Decline: the op's results would have other strides than `fakes`, or an operand that its
             backward needs is written to later.
     """
-    context.mutations.forbid_after(before, _nodes(arguments))
-    _check_layout(op, arguments, fakes)
+    operands = _nodes_in(arguments)
+    context.mutations.forbid_after(before, operands)
+    _check_layout(op, arguments, operands, fakes)
     with context.graph.inserting_before(before):
         node = context.graph.call_function(op, arguments)
     node.meta.update(_place(like))
@@ -91,21 +91,26 @@ def emit(
     return node
 
 
-def _nodes(arguments: tuple[Any, ...]) -> list[Node]:
-    return [argument for argument in tree_leaves(arguments) if isinstance(argument, Node)]
+def _nodes_in(arguments: tuple[Any, ...]) -> list[Node]:
+    """All operands, also those in lists."""
+    nodes: list[Node] = []
+    map_arg(arguments, nodes.append)
+    return nodes
 
 
 def _check_layout(
-    op: torch._ops.OpOverload, arguments: tuple[Any, ...], fakes: Sequence[torch.Tensor]
+    op: torch._ops.OpOverload,
+    arguments: tuple[Any, ...],
+    operands: Sequence[Node],
+    fakes: Sequence[torch.Tensor],
 ) -> None:
     """A sum has the order of axes of its first operand, which may be the branch in eager only."""
-    nodes = _nodes(arguments)
-    operands = [fake for node in nodes if (fake := tensor(node)) is not None]
-    first = operands[0]
-    like_first = [fake for fake in operands if same_sizes(fake.shape, first.shape)]
+    tensors = [fake for node in operands if (fake := tensor(node)) is not None]
+    first = tensors[0]
+    like_first = [fake for fake in tensors if same_sizes(fake.shape, first.shape)]
     if all(same_layout(fake, first) for fake in like_first):
         return
-    with fake_mode(nodes[0]):
+    with fake_mode(operands[0]):
         results = op(*map_arg(arguments, fake_value))
     for ours, theirs in zip(results, fakes, strict=True):
         if not same_layout(ours, theirs):

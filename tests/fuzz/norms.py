@@ -67,7 +67,8 @@ def _inverse_root(write, h, near_miss):
     root = write.let("r", spelling)
     if write.values[root].dim() < write.values[h].dim() and near_miss != "no keepdim":
         root = write.let("r", write.pick(f"{root}.unsqueeze(-1)", f"{root}[..., None]"))
-    if write.chance(10):
+    # torch's fake tensors get the strides of an expanded factor wrong where x is not contiguous.
+    if write.values[h].is_contiguous() and write.chance(10):
         root = write.let("r", write.pick(f"{root}.expand_as({h})", f"{root}.contiguous()"))
     return root, divides
 

@@ -6,22 +6,28 @@ DTYPES = ("torch.bfloat16", "torch.float32", "torch.float16", "torch.float64")
 def activation(write, stem, shape, dtype=None):
     dtype = dtype or write.pick(*DTYPES)
     *rows, width = shape
-    sizes = ", ".join(map(str, shape))
-    layouts = [f"torch.randn({sizes}).to({dtype})"]
-    wide = ", ".join(map(str, (*rows, 3 * width)))
-    layouts.append(f"torch.randn({wide}).to({dtype})[..., {width}:{2 * width}]")
+    layouts = [
+        f"torch.randn({_sizes(shape)}).to({dtype})",
+        f"torch.randn({_sizes([*rows, 3 * width])}).to({dtype})[..., {width}:{2 * width}]",
+    ]
+    odd = []
     if rows:
-        turned = ", ".join(map(str, reversed(shape)))
-        order = ", ".join(map(str, reversed(range(len(shape)))))
-        layouts.append(f"torch.randn({turned}).to({dtype}).permute({order})")
-        one = ", ".join(map(str, (1, *shape[1:])))
-        layouts.append(f"torch.randn({one}).to({dtype}).expand({sizes})")
-        flipped = ", ".join(map(str, (width, *rows)))
-        layouts.append(f"torch.randn({flipped}).to({dtype}).movedim(0, -1)")
-    expression = write.pick(*layouts)
+        one = _sizes([1, *shape[1:]])
+        layouts.append(f"torch.randn({one}).to({dtype}).expand({_sizes(shape)})")
+        order = _sizes(reversed(range(len(shape))))
+        odd.append(f"torch.randn({_sizes(reversed(shape))}).to({dtype}).permute({order})")
+        odd.append(f"torch.randn({_sizes([width, *rows])}).to({dtype}).movedim(0, -1)")
+    if len(rows) > 1:
+        swapped = _sizes([rows[1], rows[0], *shape[2:]])
+        layouts.append(f"torch.randn({swapped}).to({dtype}).transpose(0, 1)")
+    expression = write.pick(*layouts, odd=tuple(odd))
     if write.chance(15):
         expression += write.pick(" * 1000", " * 1e-4", " * 0", " / 0", ".relu()")
     return write.input(stem, expression, learnable=write.chance(50, plain=True))
+
+
+def _sizes(shape):
+    return ", ".join(map(str, shape))
 
 
 def row_weight(write, width, dtype=None):

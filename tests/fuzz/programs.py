@@ -12,7 +12,7 @@ from tests.fuzz.norms import norm, viewed
 from tests.fuzz.operands import DTYPES, activation, disturb
 from tests.fuzz.program import Program, Writer
 
-WIDTHS = (8, 7, 16, 33, 2, 1)
+WIDTHS = (8, 7, 16, 33, 2)
 
 
 @st.composite
@@ -68,7 +68,7 @@ def _rotated(write, y, cos, sin, width):
 
 def _shape(write):
     rank = write.pick(2, 3, 1, 4)
-    return (*(write.pick(2, 3, 1) for _ in range(rank - 1)), write.pick(*WIDTHS))
+    return (*(write.pick(2, 3, 1) for _ in range(rank - 1)), write.pick(*WIDTHS, odd=(1,)))
 
 
 def _finish(write, results) -> Program:
@@ -90,7 +90,7 @@ def _before(write, x, results):
     if kind == "view":
         return viewed(write, x)
     if kind == "gate":
-        return write.let("x", f"{x} * F.silu({_residual(write, x)})")
+        return write.let("x", f"{x} * {_gate(write, x)}")
     if kind == "scale":
         return write.let("x", f"{x} * {_scale(write)}")
     total = _sum(write, x, is_scaled=kind == "scaled sum")
@@ -108,8 +108,7 @@ def _after(write, y, x, results):
             results.append(total)
         return total
     if kind == "gate":
-        function = write.pick("F.silu", "torch.sigmoid")
-        gate = f"{function}({_residual(write, y)}{write.pick('', '.float()')})"
+        gate = _gate(write, y)
         return write.let("y", write.pick(f"{y} * {gate}", f"{gate} * {y}"))
     if kind == "modulate":
         return write.let("y", f"{y} * (1 + {_residual(write, y)}) + {_residual(write, y)}")
@@ -119,6 +118,13 @@ def _after(write, y, x, results):
         results.append(y)
         return x
     return y if kind == "nothing" else write.let("y", f"{y}.to({write.pick(*DTYPES)})")
+
+
+def _gate(write, x):
+    # Inductor's silu rounds otherwise than eager's: a second one could be neither's.
+    is_first = not any("silu" in line for line in write.body)
+    function = write.pick(*(("F.silu",) if is_first else ()), "torch.sigmoid")
+    return f"{function}({_residual(write, x)}{write.pick('', '.float()')})"
 
 
 def _residual(write, x):
