@@ -1,6 +1,7 @@
-"""What our passes cost: their share of the compile time of a deep, tiny Llama, and how it grows.
+"""What our passes cost: their share of the compile time of a deep, tiny model, and how it grows.
 
     python benchmarks/compile_time.py --layers 48 96 --out benchmarks/results/compile_time.json
+    python benchmarks/compile_time.py --layers 48 --model gemma4_text --config '{"num_experts": 4}'
 
 Caches are off. Each depth is compiled in a process of its own, once plainly and once with normfuse,
 which also counts the seconds inside our passes.
@@ -24,24 +25,21 @@ from rich.console import Console
 from rich.table import Table
 
 
-def tiny_llama(layers: int) -> torch.nn.Module:
-    """A Llama of width 64 with random weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def tiny_model(model_type: str, config: dict[str, object], layers: int) -> torch.nn.Module:
+    """A transformers model type at tiny widths, with random weights and some settings of its own"""
+    from normfuse.cli import tiny_models
 
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    )
+    config_class = tiny_models.transformers().CONFIG_MAPPING[model_type]
+    settings = tiny_models.tiny_config(config_class, layers)
+    for name, value in config.items():
+        setattr(settings, name, value)
     torch.manual_seed(0)
-    return LlamaForCausalLM(config).eval().bfloat16()
+    return tiny_models._auto_class(model_type).from_config(settings).eval().bfloat16()
 
 
-def measure(layers: int, lowering: str | None, device: str) -> dict[str, float]:
+def measure(
+    layers: int, lowering: str | None, device: str, model_type: str, config: dict[str, object]
+) -> dict[str, float]:
     """Seconds of a first call and of our passes inside it; no lowering is plain Inductor."""
     from normfuse.backend import patches
     from normfuse.passes import inductor
@@ -53,7 +51,7 @@ def measure(layers: int, lowering: str | None, device: str) -> dict[str, float]:
         options = {hook: timed(hook, ours[hook], seconds) for hook in inductor.HOOKS}
     # Imports and compile workers are not what is measured.
     torch.compile(lambda x: x.sin().sum() + 1)(torch.ones(8, device=device))
-    model = tiny_llama(layers).to(device)
+    model = tiny_model(model_type, config, layers).to(device)
     ids = torch.randint(3, 100, (2, 16), device=device)
     with torch.no_grad():
         start = time.perf_counter()
@@ -74,8 +72,11 @@ def timed(hook, function, seconds):
     return inductor.Hook(run, f"timed {hook}")
 
 
-def in_a_process(layers: int, lowering: str | None, device: str) -> dict[str, float]:
+def in_a_process(
+    arguments: argparse.Namespace, layers: int, lowering: str | None, device: str
+) -> dict[str, float]:
     command = [sys.executable, __file__, "--one", str(layers), lowering or "plain", device]
+    command += ["--model", arguments.model, "--config", arguments.config]
     result = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(result.stdout.splitlines()[-1])
 
@@ -83,6 +84,9 @@ def in_a_process(layers: int, lowering: str | None, device: str) -> dict[str, fl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, nargs="+", default=[48, 96])
+    parser.add_argument("--model", default="llama", help="a transformers model type")
+    parser.add_argument("--config", default="{}", help="settings of its configuration, as JSON")
+    parser.add_argument("--skip-plain", action="store_true", help="do not time plain Inductor")
     parser.add_argument("--lowering", default="inline", choices=("inline", "triton", "op"))
     parser.add_argument("--repeats", type=int, default=1, help="processes; medians are kept")
     parser.add_argument("--out", type=Path)
@@ -90,15 +94,23 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.one:
         layers, lowering, device = arguments.one
-        print(json.dumps(measure(int(layers), None if lowering == "plain" else lowering, device)))
+        chosen = None if lowering == "plain" else lowering
+        config = json.loads(arguments.config)
+        print(json.dumps(measure(int(layers), chosen, device, arguments.model, config)))
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = []
     for layers in arguments.layers:
-        plain = median([in_a_process(layers, None, device) for _ in range(arguments.repeats)])
-        ours = median(
-            [in_a_process(layers, arguments.lowering, device) for _ in range(arguments.repeats)]
-        )
+        times = {
+            lowering: median(
+                [
+                    in_a_process(arguments, layers, lowering, device)
+                    for _ in range(arguments.repeats)
+                ]
+            )
+            for lowering in ([] if arguments.skip_plain else [None]) + [arguments.lowering]
+        }
+        plain, ours = times.get(None, {"total": None}), times[arguments.lowering]
         passes = sum(value for name, value in ours.items() if name != "total")
         rows.append(
             {
@@ -123,7 +135,7 @@ def report(rows, arguments, device) -> None:
     for row in rows:
         table.add_row(
             str(row["layers"]),
-            f"{row['plain_s']:.1f}",
+            "" if row["plain_s"] is None else f"{row['plain_s']:.1f}",
             f"{row['normfuse_s']:.1f}",
             f"{row['passes_s']:.3f}",
             f"{row['share']:.2%}",
