@@ -14,6 +14,7 @@ from normfuse.ops import (
     DUAL_RMS_NORM_ADD,
     DUAL_RMS_NORM_ADD_RMS_NORM,
     GATED_RMS_NORM,
+    QK_RMS_NORM_ROPE,
     RMS_NORM,
     RMS_NORMS,
 )
@@ -79,6 +80,17 @@ def add_norm(x, residual, weight):
     return y, total
 
 
+HEADS, TABLES = [(2, 4, 5, 128), (2, 2, 5, 128)], [(2, 1, 5, 128)] * 2
+
+
+def turned_heads(q, k, weight_q, weight_k, cos, sin):
+    turns = [f"half {q.shape[-1]} in=bf16 out=bf16"] * 2
+    numbers = ([1e-6] * 2, [0.0] * 2)
+    return QK_RMS_NORM_ROPE([q, k], [weight_q, weight_k], cos, sin, *numbers, [LLAMA] * 2, turns)[
+        :2
+    ]
+
+
 def targets(graph):
     return [str(node.target) for node in graph.nodes if node.op == "call_function"]
 
@@ -100,6 +112,25 @@ class TestTriton:
         graph = lowered(add_norm, (4, 8), (4, 8), (8,))
         (launch,) = [node for node in graph.nodes if "triton" in str(node.target)]
         assert launch.kwargs["tensors_to_clone"] == ["y_ptr", "total_ptr"]
+
+    def test_q_k_and_rope_are_one_launch_that_writes_the_heads_alone(self):
+        graph = lowered(turned_heads, *HEADS, (128,), (128,), *TABLES)
+        (launch,) = [node for node in graph.nodes if "triton" in str(node.target)]
+        assert launch.kwargs["tensors_to_clone"] == ["y_1_ptr", "y_2_ptr"]
+        assert not {"x_3_ptr", "rstd_1_ptr"} & set(launch.kwargs["kwargs"])
+
+    @pytest.mark.parametrize(
+        ("capability", "width", "launches"), [((9, 0), 128, 1), ((9, 0), 64, 0), ((8, 0), 128, 0)]
+    )
+    def test_auto_takes_the_kernel_where_it_was_measured(
+        self, capability, width, launches, monkeypatch
+    ):
+        monkeypatch.setattr(lower, "_capability", lambda device: capability)
+        shapes = [(*shape[:-1], width) for shape in (*HEADS, (1,), (1,), *TABLES)]
+        shapes[2:4] = [(width,)] * 2
+        graph = lowered(turned_heads, *shapes, lowering="auto")
+        assert targets(graph).count("triton_kernel_wrapper_functional") == launches
+        assert not [target for target in targets(graph) if "normfuse" in target]
 
     def test_the_norms_of_one_value_are_one_launch(self):
         def norms(x, v, w):
