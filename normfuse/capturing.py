@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
@@ -9,10 +10,14 @@ from typing import Any
 import torch
 
 
+_LINES = itertools.count(1)
+
+
 def fresh(model: Any) -> Callable[..., Any]:
     """A function of its own around the model, without what the user has compiled of it.
 
-    Dynamo keeps compiled code, and counts recompilations, by code object: every call makes one.
+    Dynamo keeps compiled code, and counts recompilations, by code object: every call makes one. It
+    keeps what it learned of changing numbers by file and line: every call has a line of its own.
     """
     self = _uncompiled(model)
 
@@ -20,7 +25,7 @@ def fresh(model: Any) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         return self(*args, **kwargs)
 
-    code = call.__code__.replace()
+    code = call.__code__.replace(co_firstlineno=next(_LINES))
     return FunctionType(code, call.__globals__, call.__name__, None, call.__closure__)
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import normfuse
+from normfuse.cli.subject import load
 from normfuse.explain import explain_with
 from normfuse.testing import capture
 from tests import blocks
@@ -190,3 +191,12 @@ def test_source_is_the_line_of_the_model_and_not_of_torch():
     path, _, line = site.source.rpartition(":")
     assert path == __file__
     assert "F.rms_norm" in linecache.getline(path, int(line))
+
+
+def test_a_second_model_with_another_number_is_counted_once():
+    """Dynamo would take the scale of attention for a changing number, and start again."""
+    counts = {}
+    for model_type in ("llama", "gemma3_text"):
+        subject = load(model_type, "bf16", "cpu", 1)
+        counts[model_type] = explain_with(subject.model, subject.args, subject.kwargs).num_sites
+    assert counts == {"llama": 3, "gemma3_text": 7}
