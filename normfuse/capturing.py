@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-
 _LINES = itertools.count(1)
 
 
