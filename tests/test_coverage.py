@@ -55,8 +55,8 @@ def test_model_type_that_is_not_built(tool, document):
     assert tool.read(document)["wav2vec2"] == row
 
 
-def test_error_in_one_line(tool):
-    error = RuntimeError("\nin /home/someone/lib/torch/x.py: `f` at 0x7fa0 | bad\n\nand more")
+def test_error_in_one_line(tool, tmp_path):
+    error = RuntimeError(f"\nin {tmp_path}/x.py: `f` at 0x7fa0 | bad\n\nand more")
     assert tool._one_line(error) == "RuntimeError: in x.py: 'f' at 0x... / bad"
 
 

@@ -113,6 +113,8 @@ def test_tables_that_do_not_fit_are_refused():
         call(q, k, cos.expand(2, 3, TOKENS, DIM), sin, weight_q, weight_k)
     with pytest.raises(ValueError, match=r"rotary_dim must be even, from 2 to .* 16, got 18"):
         call(q, k, cos, sin, weight_q, weight_k, rotary_dim=18)
+    with pytest.raises(ValueError, match="sin must have the shape and type of cos"):
+        call(q, k, cos, sin.double(), weight_q, weight_k)
     with pytest.raises(ValueError, match="layout must be one of"):
         call(q, k, cos, sin, weight_q, weight_k, layout="quarter")
     with pytest.raises(ValueError, match="weight_k must have shape"):

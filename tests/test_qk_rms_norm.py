@@ -145,7 +145,31 @@ def twice_rounded(x, cos, sin):
     return rotary.llama(x, cos, sin).half().to(x.dtype)
 
 
-LOOKALIKES = (inverse, same_sign, other_columns, other_value, with_sum, rolled_tokens)
+def scaled_as_complex(x, cos, sin):
+    """Complex numbers times real ones: they grow, and do not turn."""
+    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * cos[..., : rotary.DIM // 2].float()).flatten(-2).type_as(x)
+
+
+def tables_of_two_types(x, cos, sin):
+    return (x * cos.float() + rotary.rotate_half(x) * sin).type_as(x)
+
+
+def whole_numbers(x, cos, sin):
+    return rotary.llama(x, cos.int(), sin.int())
+
+
+LOOKALIKES = (
+    scaled_as_complex,
+    tables_of_two_types,
+    whole_numbers,
+    inverse,
+    same_sign,
+    other_columns,
+    other_value,
+    with_sum,
+    rolled_tokens,
+)
 
 
 @pytest.mark.parametrize("lookalike", LOOKALIKES)

@@ -193,6 +193,11 @@ def qk_rms_norm_rope(
         out = RoundingPlan.parse(plan).out
         wide = torch.float32 if layout == "complex" else out
         rotations.append(str(Rotation(layout, dim, wide, out)))
+    if sin.shape != cos.shape or sin.dtype != cos.dtype:
+        raise ValueError(
+            f"sin must have the shape and type of cos, {tuple(cos.shape)} {cos.dtype}, got "
+            f"{tuple(sin.shape)} {sin.dtype}: expand or cast it before the call"
+        )
     rotations += ["none"] * (len(norms.xs) - 2)
     xs, weights, *numbers = norms
     results = QK_RMS_NORM_ROPE(xs, weights, cos, sin, *numbers, rotations)

@@ -16,7 +16,7 @@ import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from normfuse.ops.rounding import is_exact_cast
+from normfuse.ops.rounding import FLOATS, is_exact_cast
 from normfuse.patterns.micro_ops import Kind, fake_of, micro_op, same_sizes, tensor
 from normfuse.patterns.mutation import written_by
 
@@ -236,6 +236,10 @@ class Reader:
         if not self._keeps_leading(node):
             return None
         if fake_of(node).dtype != torch.promote_types(dtype, fake.dtype):
+            return None
+        if dtype.is_complex != fake.dtype.is_complex:
+            return None
+        if not dtype.is_complex and fake.dtype not in FLOATS:
             return None
         if dtype.is_complex:
             return self._multiply_complex(value, right)

@@ -78,6 +78,9 @@ def _rotation(value: Columns, out: torch.dtype) -> tuple[Rotation, Table, Table]
         return None
     terms = {key: _flat(term) for key, term in value.terms.items()}
     width = terms[tables[0]].source.numel()
+    fakes = [fake_of(table.node) for table in tables]
+    if fakes[0].dtype != fakes[1].dtype or not same_sizes(fakes[0].shape, fakes[1].shape):
+        return None  # a kernel addresses both in one way
     for cos, sin in (tables, tables[::-1]):
         turning = terms[cos].table.nonzero().flatten()
         if turning.numel() == 0:
