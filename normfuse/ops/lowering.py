@@ -28,7 +28,6 @@ from normfuse.ops.modulated_rms_norm import MODULATED_RMS_NORM, modulated_rms_no
 from normfuse.ops.modulation import Modulation
 from normfuse.ops.qk_rms_norm import (
     QK_RMS_NORM,
-    by_plan,
     obstacle_to_one_launch,
     qk_rms_norm_reference,
 )
@@ -219,7 +218,7 @@ def _launch_qk_rms_norm(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> A
 
     xs, weights, eps, offsets, plans = arguments
     steps = [RoundingPlan.parse(plan) for plan in plans]
-    return launch(xs, by_plan(weights, plans), eps, offsets, steps, stores=used, wrap=wrap)
+    return launch(xs, weight_of_each(weights, plans), eps, offsets, steps, stores=used, wrap=wrap)
 
 
 def _launch_qk_rms_norm_rope(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
@@ -228,7 +227,7 @@ def _launch_qk_rms_norm_rope(wrap: Any, used: tuple[bool, ...], *arguments: Any)
     xs, weights, cos, sin, eps, offsets, plans, rotations = arguments
     steps = [RoundingPlan.parse(plan) for plan in plans]
     turns = [Rotation.parse(rotation) for rotation in rotations]
-    norms = by_plan(weights, plans), cos, sin, eps, offsets, steps, turns
+    norms = weight_of_each(weights, plans), cos, sin, eps, offsets, steps, turns
     return launch(xs, *norms, stores=used, wrap=wrap)
 
 

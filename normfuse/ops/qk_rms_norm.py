@@ -19,6 +19,7 @@ from normfuse.ops.rms_norm import (
     rms_norm_fake,
     rms_norm_reference,
 )
+from normfuse.ops.rms_norms import weight_of_each
 from normfuse.ops.rounding import RoundingPlan
 from normfuse.ops.validation import check_activation, check_eps, check_weight
 
@@ -49,18 +50,12 @@ def qk_rms_norm_reference(
 
     `weights` holds one (N_i,) for each plan that has a weight.
     """
-    slots = zip(xs, by_plan(weights, plans), eps, offsets, plans, strict=True)
+    slots = zip(xs, weight_of_each(weights, plans), eps, offsets, plans, strict=True)
     norms = [
         rms_norm_reference(x, weight, None, eps, offset, plan)
         for x, weight, eps, offset, plan in slots
     ]
     return [y for y, _ in norms] + [rstd for _, rstd in norms]
-
-
-def by_plan(weights: Sequence[Any], plans: Sequence[str]) -> list[Any]:
-    """One entry for each plan: its weight, or None where it has none."""
-    remaining = iter(weights)
-    return [None if RoundingPlan.parse(plan).weight is None else next(remaining) for plan in plans]
 
 
 def qk_rms_norm_fake(
@@ -70,7 +65,7 @@ def qk_rms_norm_fake(
     offsets: Sequence[float],
     plans: Sequence[str],
 ) -> list[torch.Tensor]:
-    slots = zip(xs, by_plan(weights, plans), eps, offsets, plans, strict=True)
+    slots = zip(xs, weight_of_each(weights, plans), eps, offsets, plans, strict=True)
     norms = [
         rms_norm_fake(x, weight, None, eps, offset, plan) for x, weight, eps, offset, plan in slots
     ]
@@ -89,7 +84,7 @@ def _cuda(
     from normfuse.ops.kernels.qk_rms_norm import launch
 
     parsed = [RoundingPlan.parse(plan) for plan in plans]
-    return launch(xs, by_plan(weights, plans), eps, offsets, parsed)
+    return launch(xs, weight_of_each(weights, plans), eps, offsets, parsed)
 
 
 MAX_NORMS = 3
@@ -142,7 +137,7 @@ def norms_backward(
     """The gradients of every x, and of the weights that there are."""
     grad_xs, grad_weights = [], []
     for grad_y, grad_rstd, x, weight, rstd, offset in zip(
-        grad_ys, grad_rstds, xs, by_plan(weights, plans), rstds, offsets, strict=True
+        grad_ys, grad_rstds, xs, weight_of_each(weights, plans), rstds, offsets, strict=True
     ):
         grad_x, grad_weight = rms_norm_backward(grad_y, grad_rstd, x, weight, rstd, offset)
         grad_xs.append(grad_x.to(x.dtype))

@@ -14,7 +14,6 @@ import torch
 from normfuse.ops.qk_rms_norm import (
     Gradients,
     QKRMSNorm,
-    by_plan,
     checked_norms,
     norms_backward,
     obstacle_to_one_launch,
@@ -24,6 +23,7 @@ from normfuse.ops.qk_rms_norm import (
 )
 from normfuse.ops.registration import register
 from normfuse.ops.rms_norm import rms_norm_reference
+from normfuse.ops.rms_norms import weight_of_each
 from normfuse.ops.rotation import (
     LAYOUTS,
     Rotation,
@@ -96,7 +96,7 @@ def _cuda(
 
     parsed = [RoundingPlan.parse(plan) for plan in plans]
     turns = [Rotation.parse(rotation) for rotation in rotations]
-    return launch(xs, by_plan(weights, plans), cos, sin, eps, offsets, parsed, turns)
+    return launch(xs, weight_of_each(weights, plans), cos, sin, eps, offsets, parsed, turns)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Sequence[torch.Tensor]) -> None:
@@ -112,7 +112,9 @@ def _backward(ctx: Any, grads: Gradients) -> Any:
     xs, weights, rstds = split_saved(saved, num)
     grad_ys: list[torch.Tensor | None] = []
     grad_tables = [torch.zeros_like(cos), torch.zeros_like(sin)]
-    norms = zip(xs, by_plan(weights, ctx.plans), ctx.eps, ctx.offsets, ctx.plans, strict=True)
+    norms = zip(
+        xs, weight_of_each(weights, ctx.plans), ctx.eps, ctx.offsets, ctx.plans, strict=True
+    )
     turns = map(Rotation.parse, ctx.rotations)
     for grad, rotation, (x, weight, *norm), rstd in zip(grads, turns, norms, rstds, strict=False):
         if grad is None or rotation is None:

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from normfuse.ops.qk_rms_norm import by_plan, qk_rms_norm_fake, qk_rms_norm_reference
+from normfuse.ops.qk_rms_norm import qk_rms_norm_fake, qk_rms_norm_reference
 from normfuse.ops.qk_rms_norm_rope import qk_rms_norm_rope_fake, qk_rms_norm_rope_reference
+from normfuse.ops.rms_norms import weight_of_each
 from normfuse.ops.rotation import Rotation
 from normfuse.ops.rounding import RoundingPlan
 from tests import float64
@@ -69,7 +70,7 @@ def run(launch, arguments, **keywords):
     parsed = [RoundingPlan.parse(plan) for plan in plans]
     stem = "qk_rms_norm_rope" if turns else "qk_rms_norm"
     norms = (*tensors, eps, offsets, parsed, *turns)
-    return launch(stem, xs, by_plan(weights, plans), *norms, **keywords)
+    return launch(stem, xs, weight_of_each(weights, plans), *norms, **keywords)
 
 
 @pytest.mark.parametrize("name", ROTATIONS)
