@@ -23,7 +23,7 @@ def launch(interpreter):
 
 @pytest.fixture
 def narrow_tile():
-    """A tile that takes rows of 64 elements in four chunks, two rows at a time."""
+    """Rows of 64 elements in four tiles, two rows at a time, read again for every step."""
     from normfuse.ops.kernels.tile import Launch
 
-    return Launch(rows=2, block=16, num_warps=1)
+    return Launch(rows=2, block=16, num_warps=1, reads="")

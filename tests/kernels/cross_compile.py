@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,6 +98,26 @@ def compile_kernel(
 ) -> Any:
     """What Triton makes of one kernel on rows of `width`, with a weight of offset 1."""
     gpu, recorder = TARGETS[target], _Recorder()
+    with _building_for(gpu):
+        _record(stem, width, dtype, plan, gpu, recorder)
+    options = {"num_warps": recorder.num_warps}
+    return triton.compile(recorder.source, target=gpu, options=options)
+
+
+@contextmanager
+def _building_for(gpu: GPUTarget) -> Iterator[None]:
+    """Launchers ask torch which GPU they build for."""
+    hip = torch.version.hip
+    torch.version.hip = "cross" if gpu.backend == "hip" else None
+    try:
+        yield
+    finally:
+        torch.version.hip = hip
+
+
+def _record(
+    stem: str, width: int, dtype: torch.dtype, plan: RoundingPlan, gpu: GPUTarget, recorder: Any
+) -> None:
     x = torch.empty(64, width, dtype=dtype, device="meta")
     weight = torch.empty(width, dtype=dtype, device="meta")
     held = getattr(KERNELS[stem], "HELD", 1)
@@ -122,8 +144,6 @@ def compile_kernel(
         rms_norm_add_rms_norm.launch(x, x, *weights, Scales(), *norm, *norm, **settings)
     else:
         KERNELS[stem].launch(x, x, weight, Scales(), *norm, **settings)
-    options = {"num_warps": recorder.num_warps}
-    return triton.compile(recorder.source, target=gpu, options=options)
 
 
 def compile_heads(width: int, dtype: torch.dtype, layout: str, target: str) -> Any:
@@ -136,7 +156,8 @@ def compile_heads(width: int, dtype: torch.dtype, layout: str, target: str) -> A
     turns = [Rotation(layout, width, dtype, dtype)] * 2 + [None]
     norms = ([1e-6] * 3, [1.0] * 3, plans, turns)
     weights = [weight, weight, None]
-    qk_rms_norm_rope.launch([heads] * 3, weights, table, table, *norms, wrap=recorder)
+    with _building_for(gpu):
+        qk_rms_norm_rope.launch([heads] * 3, weights, table, table, *norms, wrap=recorder)
     options = {"num_warps": recorder.num_warps}
     return triton.compile(recorder.source, target=gpu, options=options)
 

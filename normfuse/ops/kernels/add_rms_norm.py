@@ -22,15 +22,27 @@ import torch
 import triton
 import triton.language as tl
 
+from normfuse.ops.kernels.chunks import (
+    fenced,
+    load_tiles,
+    narrowed,
+    num_tiles,
+    row_of,
+    says,
+    store_tile,
+    tile_at,
+)
 from normfuse.ops.kernels.constants import SumTypes, norm_constants
 from normfuse.ops.kernels.row import (
-    load_held,
+    load_scale,
     normalised,
     residual_sum,
     root_of,
     row_index,
     squares,
+    step,
     store_inverse_root,
+    widened,
     zero_sums,
 )
 from normfuse.ops.kernels.rows import (
@@ -51,22 +63,24 @@ if TYPE_CHECKING:
 
 @triton.jit
 def _total(
+    xs,
+    residuals,
     x_ptr,
     residual_ptr,
-    branch_scale_ptr,
-    total_scale_ptr,
-    cols,
-    mask,
+    branch_scale,
+    total_scale,
+    is_row,
+    index: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    READS: tl.constexpr,
     BRANCH_SCALE: tl.constexpr,
     TOTAL_SCALE: tl.constexpr,
     SUM: tl.constexpr,
 ):
-    x = load_held(x_ptr + cols, mask)
-    residual = load_held(residual_ptr + cols, mask)
-    return residual_sum(
-        x, residual, branch_scale_ptr, total_scale_ptr,
-        BRANCH_SCALE, TOTAL_SCALE, SUM,
-    )  # fmt: skip
+    x = tile_at(xs, x_ptr, is_row, index, N, BLOCK, READS, "held")
+    residual = tile_at(residuals, residual_ptr, is_row, index, N, BLOCK, READS, "held")
+    return residual_sum(x, residual, branch_scale, total_scale, BRANCH_SCALE, TOTAL_SCALE, SUM)
 
 
 @triton.jit
@@ -85,6 +99,7 @@ def add_rms_norm_kernel(
     N: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    READS: tl.constexpr,
     BRANCH_SCALE: tl.constexpr,
     TOTAL_SCALE: tl.constexpr,
     SUM: tl.constexpr,
@@ -93,43 +108,40 @@ def add_rms_norm_kernel(
     PLAN: tl.constexpr,
 ):
     row = row_index(ROWS)
+    is_row = row < num_rows
     x_ptr += row * stride_x_row
     residual_ptr += row * stride_residual_row
     y_ptr += row * N
-    if total_ptr is not None:
-        total_ptr += row * N
-    cols = tl.arange(0, BLOCK)[None, :]
-    if BLOCK >= N:
-        mask = (row < num_rows) & (cols < N)
+    total_ptr = row_of(total_ptr, row, N)
+    weight_ptr = row_of(weight_ptr, row, 0)
+    xs = load_tiles(x_ptr, is_row, N, BLOCK, READS, "held")
+    residuals = load_tiles(residual_ptr, is_row, N, BLOCK, READS, "held")
+    weights = load_tiles(weight_ptr, None, N, BLOCK, READS, "ahead")
+    branch_scale = load_scale(branch_scale_ptr)
+    total_scale = load_scale(total_scale_ptr)
+    sums = zero_sums(ROWS, BLOCK, PLAN)
+    totals = ()
+    for index in tl.static_range(num_tiles(N, BLOCK)):
         total = _total(
-            x_ptr, residual_ptr, branch_scale_ptr, total_scale_ptr, cols, mask,
-            BRANCH_SCALE, TOTAL_SCALE, SUM,
+            xs, residuals, x_ptr, residual_ptr, branch_scale, total_scale, is_row, index,
+            N, BLOCK, READS, BRANCH_SCALE, TOTAL_SCALE, SUM,
         )  # fmt: skip
-        if total_ptr is not None:
-            tl.store(total_ptr + cols, total, mask=mask)
-        root = root_of(squares(total, PLAN), None, N, EPS, PLAN)
-        y = normalised(total, root, weight_ptr, cols, N, OFFSET, PLAN, False)
-        tl.store(y_ptr + cols, y, mask=mask)
-    else:
-        sums = zero_sums(ROWS, BLOCK, PLAN)
-        for start in range(0, N, BLOCK):
-            mask = (row < num_rows) & (start + cols < N)
+        store_tile(total_ptr, total, is_row, index, N, BLOCK, READS)
+        totals = totals + (narrowed(total, step(SUM, "total")),)
+        sums += squares(total, PLAN)
+    root = root_of(sums, None, N, EPS, PLAN)
+    totals, weights = fenced(totals, READS), fenced(weights, READS)
+    for index in tl.static_range(num_tiles(N, BLOCK)):
+        if says(READS, "held"):
+            total = widened(totals[index])
+        else:
             total = _total(
-                x_ptr, residual_ptr, branch_scale_ptr, total_scale_ptr, start + cols, mask,
-                BRANCH_SCALE, TOTAL_SCALE, SUM,
+                xs, residuals, x_ptr, residual_ptr, branch_scale, total_scale, is_row, index,
+                N, BLOCK, READS, BRANCH_SCALE, TOTAL_SCALE, SUM,
             )  # fmt: skip
-            sums += squares(total, PLAN)
-        root = root_of(sums, None, N, EPS, PLAN)
-        for start in range(0, N, BLOCK):
-            mask = (row < num_rows) & (start + cols < N)
-            total = _total(
-                x_ptr, residual_ptr, branch_scale_ptr, total_scale_ptr, start + cols, mask,
-                BRANCH_SCALE, TOTAL_SCALE, SUM,
-            )  # fmt: skip
-            if total_ptr is not None:
-                tl.store(total_ptr + start + cols, total, mask=mask)
-            y = normalised(total, root, weight_ptr, start + cols, N, OFFSET, PLAN, False)
-            tl.store(y_ptr + start + cols, y, mask=mask)
+        weight = tile_at(weights, weight_ptr, None, index, N, BLOCK, READS, "ahead")
+        y = normalised(total, root, weight, OFFSET, PLAN, False)
+        store_tile(y_ptr, y, is_row, index, N, BLOCK, READS)
     store_inverse_root(rstd_ptr, root, row, num_rows, PLAN)
 
 
@@ -182,9 +194,7 @@ def launch(
             num_rows(x),
             stride_x,
             stride_residual,
-            N=x.shape[-1],
-            ROWS=tile.rows,
-            BLOCK=tile.block,
+            **tile.constants(x.shape[-1]),
             **types.constants(scales),
             **norm_constants(plan, eps, offset),
             num_warps=tile.num_warps,

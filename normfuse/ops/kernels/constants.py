@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import triton
 
 if TYPE_CHECKING:
     from normfuse.ops.residual_sum import Scales
@@ -49,10 +50,18 @@ def plan_text(plan: RoundingPlan) -> str:
         "form": NAMES[form],
         "unit": NAMES[narrowing[0] if narrowing else last],
         "out": NAMES[plan.out],
+        "on": target(),
     }
     if weight is not None and factor is not None and product is not None:
         steps |= {"weight": NAMES[weight], "factor": NAMES[factor], "product": NAMES[product]}
     return text(steps)
+
+
+def target() -> str:
+    """The GPU for which a kernel may use instructions of its own: "cuda", "hip" or none."""
+    if triton.knobs.runtime.interpret:
+        return "none"
+    return "hip" if torch.version.hip else "cuda"
 
 
 def text(steps: dict[str, str]) -> str:

@@ -24,16 +24,29 @@ import torch
 import triton
 import triton.language as tl
 
+from normfuse.ops.kernels.chunks import (
+    fenced,
+    load_tiles,
+    narrowed,
+    num_tiles,
+    row_of,
+    says,
+    store_tile,
+    tile_at,
+)
 from normfuse.ops.kernels.constants import NAMES, SumTypes, norm_constants
 from normfuse.ops.kernels.row import (
-    load_held,
+    load_scale,
     normalised,
-    normalised_sum,
+    residual_sum,
     root_of,
+    roots_of_two,
     rounded,
     row_index,
     squares,
+    step,
     store_inverse_root,
+    widened,
     zero_sums,
 )
 from normfuse.ops.kernels.rows import (
@@ -57,14 +70,21 @@ HELD = 2  # rows in registers: one of each branch
 
 @triton.jit
 def _branch(
-    x_1,
-    x_2,
-    root_1,
-    root_2,
+    xs_1,
+    xs_2,
+    weights_1,
+    weights_2,
+    x_1_ptr,
+    x_2_ptr,
     weight_1_ptr,
     weight_2_ptr,
-    cols,
+    root_1,
+    root_2,
+    is_row,
+    index: tl.constexpr,
     N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    READS: tl.constexpr,
     BRANCH: tl.constexpr,
     OFFSET_1: tl.constexpr,
     PLAN_1: tl.constexpr,
@@ -72,9 +92,40 @@ def _branch(
     PLAN_2: tl.constexpr,
 ):
     """norm_1(x_1) + norm_2(x_2) of a tile, in the promoted type BRANCH."""
-    branch_1 = normalised(x_1, root_1, weight_1_ptr, cols, N, OFFSET_1, PLAN_1, True)
-    branch_2 = normalised(x_2, root_2, weight_2_ptr, cols, N, OFFSET_2, PLAN_2, True)
+    x_1 = tile_at(xs_1, x_1_ptr, is_row, index, N, BLOCK, READS, "held")
+    x_2 = tile_at(xs_2, x_2_ptr, is_row, index, N, BLOCK, READS, "held")
+    weight_1 = tile_at(weights_1, weight_1_ptr, None, index, N, BLOCK, READS, "ahead")
+    weight_2 = tile_at(weights_2, weight_2_ptr, None, index, N, BLOCK, READS, "ahead")
+    branch_1 = normalised(x_1, root_1, weight_1, OFFSET_1, PLAN_1, True)
+    branch_2 = normalised(x_2, root_2, weight_2, OFFSET_2, PLAN_2, True)
     return rounded(rounded(branch_1, BRANCH) + rounded(branch_2, BRANCH), BRANCH)  # eager's add
+
+
+@triton.jit
+def _total(
+    branch,
+    residuals,
+    weights,
+    residual_ptr,
+    weight_ptr,
+    root,
+    branch_scale,
+    total_scale,
+    is_row,
+    index: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    READS: tl.constexpr,
+    BRANCH_SCALE: tl.constexpr,
+    TOTAL_SCALE: tl.constexpr,
+    SUM: tl.constexpr,
+    OFFSET: tl.constexpr,
+    PLAN: tl.constexpr,
+):
+    weight = tile_at(weights, weight_ptr, None, index, N, BLOCK, READS, "ahead")
+    normed = normalised(branch, root, weight, OFFSET, PLAN, True)
+    residual = tile_at(residuals, residual_ptr, is_row, index, N, BLOCK, READS, "ahead")
+    return residual_sum(normed, residual, branch_scale, total_scale, BRANCH_SCALE, TOTAL_SCALE, SUM)
 
 
 @triton.jit
@@ -101,6 +152,7 @@ def dual_rms_norm_add_kernel(
     N: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    READS: tl.constexpr,
     BRANCH: tl.constexpr,
     BRANCH_SCALE: tl.constexpr,
     TOTAL_SCALE: tl.constexpr,
@@ -119,96 +171,86 @@ def dual_rms_norm_add_kernel(
     PLAN_4: tl.constexpr,
 ):
     row = row_index(ROWS)
+    is_row = row < num_rows
     x_1_ptr += row * stride_x_1_row
     x_2_ptr += row * stride_x_2_row
     residual_ptr += row * stride_residual_row
-    if y_ptr is not None:
-        y_ptr += row * N
-    if total_ptr is not None:
-        total_ptr += row * N
-    all_cols = tl.arange(0, BLOCK)[None, :]
-    if BLOCK >= N:
-        mask = (row < num_rows) & (all_cols < N)
-        x_1 = load_held(x_1_ptr + all_cols, mask)
-        x_2 = load_held(x_2_ptr + all_cols, mask)
-        root_1 = root_of(squares(x_1, PLAN_1), None, N, EPS_1, PLAN_1)
-        root_2 = root_of(squares(x_2, PLAN_2), None, N, EPS_2, PLAN_2)
+    y_ptr = row_of(y_ptr, row, N)
+    total_ptr = row_of(total_ptr, row, N)
+    weight_1_ptr = row_of(weight_1_ptr, row, 0)
+    weight_2_ptr = row_of(weight_2_ptr, row, 0)
+    weight_3_ptr = row_of(weight_3_ptr, row, 0)
+    weight_4_ptr = row_of(weight_4_ptr, row, 0)
+    xs_1 = load_tiles(x_1_ptr, is_row, N, BLOCK, READS, "held")
+    xs_2 = load_tiles(x_2_ptr, is_row, N, BLOCK, READS, "held")
+    residuals = load_tiles(residual_ptr, is_row, N, BLOCK, READS, "ahead")
+    weights_1 = load_tiles(weight_1_ptr, None, N, BLOCK, READS, "ahead")
+    weights_2 = load_tiles(weight_2_ptr, None, N, BLOCK, READS, "ahead")
+    weights_3 = load_tiles(weight_3_ptr, None, N, BLOCK, READS, "ahead")
+    branch_scale = load_scale(branch_scale_ptr)
+    total_scale = load_scale(total_scale_ptr)
+    sums_1 = zero_sums(ROWS, BLOCK, PLAN_1)
+    sums_2 = zero_sums(ROWS, BLOCK, PLAN_2)
+    for index in tl.static_range(num_tiles(N, BLOCK)):
+        sums_1 += squares(tile_at(xs_1, x_1_ptr, is_row, index, N, BLOCK, READS, "held"), PLAN_1)
+        sums_2 += squares(tile_at(xs_2, x_2_ptr, is_row, index, N, BLOCK, READS, "held"), PLAN_2)
+    root_1, root_2 = roots_of_two(sums_1, sums_2, N, EPS_1, PLAN_1, EPS_2, PLAN_2)
+    xs_1, xs_2, residuals = fenced(xs_1, READS), fenced(xs_2, READS), fenced(residuals, READS)
+    weights_1, weights_2 = fenced(weights_1, READS), fenced(weights_2, READS)
+    sums_3 = zero_sums(ROWS, BLOCK, PLAN_3)
+    branches = ()
+    for index in tl.static_range(num_tiles(N, BLOCK)):
         branch = _branch(
-            x_1, x_2, root_1, root_2, weight_1_ptr, weight_2_ptr, all_cols,
-            N, BRANCH, OFFSET_1, PLAN_1, OFFSET_2, PLAN_2,
+            xs_1, xs_2, weights_1, weights_2, x_1_ptr, x_2_ptr, weight_1_ptr, weight_2_ptr,
+            root_1, root_2, is_row, index,
+            N, BLOCK, READS, BRANCH, OFFSET_1, PLAN_1, OFFSET_2, PLAN_2,
         )  # fmt: skip
-        root_3 = root_of(squares(branch, PLAN_3), None, N, EPS_3, PLAN_3)
-        total = normalised_sum(
-            branch, root_3, residual_ptr, weight_3_ptr, branch_scale_ptr, total_scale_ptr,
-            all_cols, mask,
-            N, BRANCH_SCALE, TOTAL_SCALE, SUM, OFFSET_3, PLAN_3,
+        branches = branches + (narrowed(branch, BRANCH),)
+        sums_3 += squares(branch, PLAN_3)
+    root_3 = root_of(sums_3, None, N, EPS_3, PLAN_3)
+    branches, weights_3 = fenced(branches, READS), fenced(weights_3, READS)
+    weights_4 = load_tiles(weight_4_ptr, None, N, BLOCK, READS, "ahead")
+    if y_ptr is not None:
+        sums_4 = zero_sums(ROWS, BLOCK, PLAN_4)
+    totals = ()
+    for index in tl.static_range(num_tiles(N, BLOCK)):
+        if says(READS, "held"):
+            branch = widened(branches[index])
+        else:
+            branch = _branch(
+                xs_1, xs_2, weights_1, weights_2, x_1_ptr, x_2_ptr, weight_1_ptr, weight_2_ptr,
+                root_1, root_2, is_row, index,
+                N, BLOCK, READS, BRANCH, OFFSET_1, PLAN_1, OFFSET_2, PLAN_2,
+            )  # fmt: skip
+        total = _total(
+            branch, residuals, weights_3, residual_ptr, weight_3_ptr,
+            root_3, branch_scale, total_scale, is_row, index,
+            N, BLOCK, READS, BRANCH_SCALE, TOTAL_SCALE, SUM, OFFSET_3, PLAN_3,
         )  # fmt: skip
-        if total_ptr is not None:
-            tl.store(total_ptr + all_cols, total, mask=mask)
+        store_tile(total_ptr, total, is_row, index, N, BLOCK, READS)
         if y_ptr is not None:
-            root_4 = root_of(squares(total, PLAN_4), None, N, EPS_4, PLAN_4)
-            y = normalised(total, root_4, weight_4_ptr, all_cols, N, OFFSET_4, PLAN_4, False)
-            tl.store(y_ptr + all_cols, y, mask=mask)
-    else:
-        sums_1 = zero_sums(ROWS, BLOCK, PLAN_1)
-        sums_2 = zero_sums(ROWS, BLOCK, PLAN_2)
-        for start in range(0, N, BLOCK):
-            cols = start + all_cols
-            mask = (row < num_rows) & (cols < N)
-            sums_1 += squares(load_held(x_1_ptr + cols, mask), PLAN_1)
-            sums_2 += squares(load_held(x_2_ptr + cols, mask), PLAN_2)
-        root_1 = root_of(sums_1, None, N, EPS_1, PLAN_1)
-        root_2 = root_of(sums_2, None, N, EPS_2, PLAN_2)
-        sums_3 = zero_sums(ROWS, BLOCK, PLAN_3)
-        for start in range(0, N, BLOCK):
-            cols = start + all_cols
-            mask = (row < num_rows) & (cols < N)
-            x_1 = load_held(x_1_ptr + cols, mask)
-            x_2 = load_held(x_2_ptr + cols, mask)
-            branch = _branch(
-                x_1, x_2, root_1, root_2, weight_1_ptr, weight_2_ptr, cols,
-                N, BRANCH, OFFSET_1, PLAN_1, OFFSET_2, PLAN_2,
-            )  # fmt: skip
-            sums_3 += squares(branch, PLAN_3)
-        root_3 = root_of(sums_3, None, N, EPS_3, PLAN_3)
-        if y_ptr is not None:
-            sums_4 = zero_sums(ROWS, BLOCK, PLAN_4)
-        for start in range(0, N, BLOCK):
-            cols = start + all_cols
-            mask = (row < num_rows) & (cols < N)
-            x_1 = load_held(x_1_ptr + cols, mask)
-            x_2 = load_held(x_2_ptr + cols, mask)
-            branch = _branch(
-                x_1, x_2, root_1, root_2, weight_1_ptr, weight_2_ptr, cols,
-                N, BRANCH, OFFSET_1, PLAN_1, OFFSET_2, PLAN_2,
-            )  # fmt: skip
-            total = normalised_sum(
-                branch, root_3, residual_ptr, weight_3_ptr, branch_scale_ptr, total_scale_ptr,
-                cols, mask,
-                N, BRANCH_SCALE, TOTAL_SCALE, SUM, OFFSET_3, PLAN_3,
-            )  # fmt: skip
-            if total_ptr is not None:
-                tl.store(total_ptr + cols, total, mask=mask)
-            if y_ptr is not None:
-                sums_4 += squares(total, PLAN_4)
-        if y_ptr is not None:
-            root_4 = root_of(sums_4, None, N, EPS_4, PLAN_4)
-            for start in range(0, N, BLOCK):
-                cols = start + all_cols
-                mask = (row < num_rows) & (cols < N)
-                x_1 = load_held(x_1_ptr + cols, mask)
-                x_2 = load_held(x_2_ptr + cols, mask)
+            totals = totals + (narrowed(total, step(SUM, "total")),)
+            sums_4 += squares(total, PLAN_4)
+    if y_ptr is not None:
+        root_4 = root_of(sums_4, None, N, EPS_4, PLAN_4)
+        totals, weights_4 = fenced(totals, READS), fenced(weights_4, READS)
+        for index in tl.static_range(num_tiles(N, BLOCK)):
+            if says(READS, "held"):
+                total = widened(totals[index])
+            else:
                 branch = _branch(
-                    x_1, x_2, root_1, root_2, weight_1_ptr, weight_2_ptr, cols,
-                    N, BRANCH, OFFSET_1, PLAN_1, OFFSET_2, PLAN_2,
+                    xs_1, xs_2, weights_1, weights_2, x_1_ptr, x_2_ptr, weight_1_ptr, weight_2_ptr,
+                    root_1, root_2, is_row, index,
+                    N, BLOCK, READS, BRANCH, OFFSET_1, PLAN_1, OFFSET_2, PLAN_2,
                 )  # fmt: skip
-                total = normalised_sum(
-                    branch, root_3, residual_ptr, weight_3_ptr, branch_scale_ptr, total_scale_ptr,
-                    cols, mask,
-                    N, BRANCH_SCALE, TOTAL_SCALE, SUM, OFFSET_3, PLAN_3,
+                total = _total(
+                    branch, residuals, weights_3, residual_ptr, weight_3_ptr,
+                    root_3, branch_scale, total_scale, is_row, index,
+                    N, BLOCK, READS, BRANCH_SCALE, TOTAL_SCALE, SUM, OFFSET_3, PLAN_3,
                 )  # fmt: skip
-                y = normalised(total, root_4, weight_4_ptr, cols, N, OFFSET_4, PLAN_4, False)
-                tl.store(y_ptr + cols, y, mask=mask)
+            weight_4 = tile_at(weights_4, weight_4_ptr, None, index, N, BLOCK, READS, "ahead")
+            y = normalised(total, root_4, weight_4, OFFSET_4, PLAN_4, False)
+            store_tile(y_ptr, y, is_row, index, N, BLOCK, READS)
     store_inverse_root(rstd_1_ptr, root_1, row, num_rows, PLAN_1)
     store_inverse_root(rstd_2_ptr, root_2, row, num_rows, PLAN_2)
     store_inverse_root(rstd_3_ptr, root_3, row, num_rows, PLAN_3)
@@ -276,9 +318,7 @@ def launch(
             stride_x_1,
             stride_x_2,
             stride_residual,
-            N=x_1.shape[-1],
-            ROWS=tile.rows,
-            BLOCK=tile.block,
+            **tile.constants(x_1.shape[-1]),
             BRANCH=NAMES[branch],
             **types.constants(scales),
             **constants,

@@ -28,16 +28,26 @@ import torch
 import triton
 import triton.language as tl
 
-from normfuse.ops.kernels.constants import norm_constants
+from normfuse.ops.kernels.chunks import (
+    fenced,
+    load_tiles,
+    narrowed,
+    num_tiles,
+    row_of,
+    says,
+    store_tile,
+    tile_at,
+)
+from normfuse.ops.kernels.constants import NAMES, norm_constants
 from normfuse.ops.kernels.row import (
     gated,
-    load_held,
     normalised,
     root_of,
     row_index,
     row_start,
     squares,
     store_inverse_root,
+    widened,
     zero_sums,
 )
 from normfuse.ops.kernels.rows import (
@@ -57,32 +67,25 @@ if TYPE_CHECKING:
 
 
 @triton.jit
-def _value(x_ptr, gate_ptr, cols, mask, GATE_FIRST: tl.constexpr, GATING: tl.constexpr):
-    """What is normalised."""
-    value = load_held(x_ptr + cols, mask)
-    if GATE_FIRST:
-        value = gated(value, load_held(gate_ptr + cols, mask), GATING)
-    return value
-
-
-@triton.jit
-def _result(
-    value,
-    root,
+def _value(
+    xs,
+    gates,
+    x_ptr,
     gate_ptr,
-    weight_ptr,
-    cols,
-    mask,
+    is_row,
+    index: tl.constexpr,
     N: tl.constexpr,
-    OFFSET: tl.constexpr,
-    PLAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    READS: tl.constexpr,
     GATE_FIRST: tl.constexpr,
     GATING: tl.constexpr,
 ):
-    y = normalised(value, root, weight_ptr, cols, N, OFFSET, PLAN, False)
-    if not GATE_FIRST:
-        y = gated(y, load_held(gate_ptr + cols, mask), GATING)
-    return y
+    """What is normalised."""
+    value = tile_at(xs, x_ptr, is_row, index, N, BLOCK, READS, "held")
+    if GATE_FIRST:
+        gate = tile_at(gates, gate_ptr, is_row, index, N, BLOCK, READS, "held")
+        value = gated(value, gate, GATING)
+    return value
 
 
 @triton.jit
@@ -106,6 +109,8 @@ def gated_rms_norm_kernel(
     N: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    READS: tl.constexpr,
+    VALUE: tl.constexpr,
     WEIGHTS: tl.constexpr,
     GATE_FIRST: tl.constexpr,
     GATING: tl.constexpr,
@@ -114,6 +119,7 @@ def gated_rms_norm_kernel(
     PLAN: tl.constexpr,
 ):
     row = row_index(ROWS)
+    is_row = row < num_rows
     x_ptr += row_start(
         row, size_x_middle, size_x_inner, stride_x_outer, stride_x_middle, stride_x_inner
     )
@@ -126,33 +132,35 @@ def gated_rms_norm_kernel(
         stride_gate_inner,
     )
     y_ptr += row * N
-    if WEIGHTS > 1:
-        weight_ptr += row % WEIGHTS * N  # the groups of one x follow each other
-    cols = tl.arange(0, BLOCK)[None, :]
-    if BLOCK >= N:
-        mask = (row < num_rows) & (cols < N)
-        value = _value(x_ptr, gate_ptr, cols, mask, GATE_FIRST, GATING)
-        root = root_of(squares(value, PLAN), None, N, EPS, PLAN)
-        y = _result(
-            value, root, gate_ptr, weight_ptr, cols, mask,
-            N, OFFSET, PLAN, GATE_FIRST, GATING,
-        )  # fmt: skip
-        tl.store(y_ptr + cols, y, mask=mask)
-    else:
-        sums = zero_sums(ROWS, BLOCK, PLAN)
-        for start in range(0, N, BLOCK):
-            mask = (row < num_rows) & (start + cols < N)
-            value = _value(x_ptr, gate_ptr, start + cols, mask, GATE_FIRST, GATING)
-            sums += squares(value, PLAN)
-        root = root_of(sums, None, N, EPS, PLAN)
-        for start in range(0, N, BLOCK):
-            mask = (row < num_rows) & (start + cols < N)
-            value = _value(x_ptr, gate_ptr, start + cols, mask, GATE_FIRST, GATING)
-            y = _result(
-                value, root, gate_ptr, weight_ptr, start + cols, mask,
-                N, OFFSET, PLAN, GATE_FIRST, GATING,
-            )  # fmt: skip
-            tl.store(y_ptr + start + cols, y, mask=mask)
+    # The groups of one x follow each other.
+    weight_ptr = row_of(weight_ptr, row % WEIGHTS, N if WEIGHTS > 1 else 0)
+    GATE_READ: tl.constexpr = "held" if GATE_FIRST else "ahead"
+    xs = load_tiles(x_ptr, is_row, N, BLOCK, READS, "held")
+    gates = load_tiles(gate_ptr, is_row, N, BLOCK, READS, GATE_READ)
+    weights = load_tiles(weight_ptr, None, N, BLOCK, READS, "ahead")
+    sums = zero_sums(ROWS, BLOCK, PLAN)
+    values = ()
+    for index in tl.static_range(num_tiles(N, BLOCK)):
+        value = _value(
+            xs, gates, x_ptr, gate_ptr, is_row, index, N, BLOCK, READS, GATE_FIRST, GATING
+        )
+        values = values + (narrowed(value, VALUE),)
+        sums += squares(value, PLAN)
+    root = root_of(sums, None, N, EPS, PLAN)
+    values, gates, weights = fenced(values, READS), fenced(gates, READS), fenced(weights, READS)
+    for index in tl.static_range(num_tiles(N, BLOCK)):
+        if says(READS, "held"):
+            value = widened(values[index])
+        else:
+            value = _value(
+                xs, gates, x_ptr, gate_ptr, is_row, index, N, BLOCK, READS, GATE_FIRST, GATING
+            )
+        weight = tile_at(weights, weight_ptr, None, index, N, BLOCK, READS, "ahead")
+        y = normalised(value, root, weight, OFFSET, PLAN, False)
+        if not GATE_FIRST:
+            gate = tile_at(gates, gate_ptr, is_row, index, N, BLOCK, READS, "ahead")
+            y = gated(y, gate, GATING)
+        store_tile(y_ptr, y, is_row, index, N, BLOCK, READS)
     store_inverse_root(rstd_ptr, root, row, num_rows, PLAN)
 
 
@@ -216,9 +224,8 @@ def launch(
             num_rows(rows_of_y),
             *strides_x,
             *strides_gate,
-            N=width,
-            ROWS=tile.rows,
-            BLOCK=tile.block,
+            **tile.constants(width),
+            VALUE=NAMES[gating.out if gate_first else x.dtype],
             WEIGHTS=1 if weight is None else weight.shape[0] // width,
             GATE_FIRST=int(gate_first),
             GATING=f"activation={activation} {gating}",

@@ -16,7 +16,6 @@ Backward:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +23,9 @@ import torch
 import triton
 import triton.language as tl
 
+from normfuse.ops.kernels.chunks import fenced, load_tiles, num_tiles, row_of, store_tile, tile_at
 from normfuse.ops.kernels.constants import norm_constants
 from normfuse.ops.kernels.row import (
-    load_held,
     modulated,
     normalised,
     root_of,
@@ -46,7 +45,7 @@ from normfuse.ops.kernels.rows import (
     num_rows,
     row_order,
 )
-from normfuse.ops.kernels.tile import WARP_SIZE, Launch, device_of, eager
+from normfuse.ops.kernels.tile import Launch, device_of, eager
 
 if TYPE_CHECKING:
     from normfuse.ops.modulation import Modulation
@@ -80,6 +79,7 @@ def modulated_rms_norm_kernel(
     N: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    READS: tl.constexpr,
     SCALE_OFFSET: tl.constexpr,
     MODULATION: tl.constexpr,
     EPS: tl.constexpr,
@@ -108,38 +108,28 @@ def modulated_rms_norm_kernel(
             stride_shift_inner,
         )
     y_ptr += row * N
-    cols = tl.arange(0, BLOCK)[None, :]
-    if BLOCK >= N:
-        mask = (row < num_rows) & (cols < N)
-        x = load_held(x_ptr + cols, mask)
-        root = root_of(squares(x, PLAN), None, N, EPS, PLAN)
-        y = normalised(x, root, weight_ptr, cols, N, OFFSET, PLAN, False)
-        y = modulated(y, scale_ptr, shift_ptr, cols, mask, SCALE_OFFSET, MODULATION)
-        tl.store(y_ptr + cols, y, mask=mask)
-    else:
-        sums = zero_sums(ROWS, BLOCK, PLAN)
-        for start in range(0, N, BLOCK):
-            mask = (row < num_rows) & (start + cols < N)
-            sums += squares(load_held(x_ptr + start + cols, mask), PLAN)
-        root = root_of(sums, None, N, EPS, PLAN)
-        for start in range(0, N, BLOCK):
-            mask = (row < num_rows) & (start + cols < N)
-            x = load_held(x_ptr + start + cols, mask)
-            y = normalised(x, root, weight_ptr, start + cols, N, OFFSET, PLAN, False)
-            y = modulated(y, scale_ptr, shift_ptr, start + cols, mask, SCALE_OFFSET, MODULATION)
-            tl.store(y_ptr + start + cols, y, mask=mask)
+    is_row = row < num_rows
+    weight_ptr = row_of(weight_ptr, row, 0)
+    xs = load_tiles(x_ptr, is_row, N, BLOCK, READS, "held")
+    weights = load_tiles(weight_ptr, None, N, BLOCK, READS, "ahead")
+    scales = load_tiles(scale_ptr, is_row, N, BLOCK, READS, "ahead")
+    shifts = load_tiles(shift_ptr, is_row, N, BLOCK, READS, "ahead")
+    sums = zero_sums(ROWS, BLOCK, PLAN)
+    for index in tl.static_range(num_tiles(N, BLOCK)):
+        x = tile_at(xs, x_ptr, is_row, index, N, BLOCK, READS, "held")
+        sums += squares(x, PLAN)
+    root = root_of(sums, None, N, EPS, PLAN)
+    xs, weights = fenced(xs, READS), fenced(weights, READS)
+    scales, shifts = fenced(scales, READS), fenced(shifts, READS)
+    for index in tl.static_range(num_tiles(N, BLOCK)):
+        x = tile_at(xs, x_ptr, is_row, index, N, BLOCK, READS, "held")
+        weight = tile_at(weights, weight_ptr, None, index, N, BLOCK, READS, "ahead")
+        y = normalised(x, root, weight, OFFSET, PLAN, False)
+        scale = tile_at(scales, scale_ptr, is_row, index, N, BLOCK, READS, "ahead")
+        shift = tile_at(shifts, shift_ptr, is_row, index, N, BLOCK, READS, "ahead")
+        y = modulated(y, scale, shift, SCALE_OFFSET, MODULATION)
+        store_tile(y_ptr, y, is_row, index, N, BLOCK, READS)
     store_inverse_root(rstd_ptr, root, row, num_rows, PLAN)
-
-
-def tile_for(cols: int, dtype: torch.dtype, *, warp_size: int = WARP_SIZE) -> Launch:
-    """The tile for rows of `cols` elements; in float64 a row in chunks takes smaller ones.
-
-    On sm_90, chunks of 4096 would spill 8 bytes a thread (tests/kernels/test_cross_compile.py).
-    """
-    tile = Launch.for_shape(cols, dtype, warp_size=warp_size)
-    if dtype != torch.float64 or tile.block >= cols:
-        return tile
-    return replace(tile, block=tile.block // 2, num_warps=tile.num_warps // 2)
 
 
 def launch(
@@ -177,7 +167,7 @@ def launch(
     if shift is not None:
         shift, strides_shift = addressed(shift, order, y)
     dtype = torch.promote_types(torch.promote_types(x.dtype, plan.compute), modulation.sum)
-    tile = tile or tile_for(x.shape[-1], dtype)
+    tile = tile or Launch.for_shape(x.shape[-1], dtype)
     with device_of(x, wrap):
         wrap(modulated_rms_norm_kernel)[tile.grid(num_rows(x))](
             x,
@@ -190,9 +180,7 @@ def launch(
             *strides_x,
             *strides_scale,
             *strides_shift,
-            N=x.shape[-1],
-            ROWS=tile.rows,
-            BLOCK=tile.block,
+            **tile.constants(x.shape[-1]),
             SCALE_OFFSET=float(scale_offset),
             MODULATION=str(modulation),
             **norm_constants(plan, eps, offset),

@@ -29,11 +29,13 @@ import torch
 import triton
 import triton.language as tl
 
+from normfuse.ops.kernels.chunks import row_of
 from normfuse.ops.kernels.row import (
+    added,
     load_held,
     multiplied,
     normalised,
-    root_of,
+    root_of_total,
     rounded,
     squares,
     step,
@@ -60,27 +62,45 @@ if TYPE_CHECKING:
 def _turned(left, cos, right, sin, SIGN: tl.constexpr, TURN: tl.constexpr):
     """left * cos + SIGN * right * sin, each step rounded to the promoted type."""
     TYPE: tl.constexpr = step(TURN, "product")
-    first = multiplied(rounded(left, TYPE), rounded(cos, TYPE), TYPE, True)
-    second = multiplied(rounded(SIGN * right, TYPE), rounded(sin, TYPE), TYPE, True)
-    return rounded(rounded(first + second, TYPE), step(TURN, "out"))
+    ON: tl.constexpr = step(TURN, "on")
+    first = multiplied(rounded(left, TYPE), rounded(cos, TYPE), TYPE, True, ON)
+    second = multiplied(rounded(right, TYPE), rounded(sin, TYPE), TYPE, True, ON)
+    return rounded(added(first, second, SIGN, TYPE, ON), step(TURN, "out"))
 
 
 @triton.jit
-def _store_turned(
-    first, second, cols_a, cols_b, pair, y_ptr, cos_ptr, sin_ptr, stride_table, mask,
-    DIM: tl.constexpr, COLS: tl.constexpr, START: tl.constexpr, TURN: tl.constexpr,
+def _load_pairs(
+    ptr, stride, is_row,
+    ROWS: tl.constexpr, DIM: tl.constexpr, PAIRS: tl.constexpr, TURN: tl.constexpr,
 ):  # fmt: skip
-    """Stores both halves of a tile of pairs; a table of DIM columns holds an angle for each."""
-    first, second = rounded(first, step(TURN, "in")), rounded(second, step(TURN, "in"))
-    at_a = pair if COLS != DIM else cols_a - START
-    cos_a = load_held(cos_ptr + at_a * stride_table, mask)
-    sin_a = load_held(sin_ptr + at_a * stride_table, mask)
-    cos_b, sin_b = cos_a, sin_a
-    if COLS == DIM:
-        cos_b = load_held(cos_ptr + (cols_b - START) * stride_table, mask)
-        sin_b = load_held(sin_ptr + (cols_b - START) * stride_table, mask)
-    tl.store(y_ptr + cols_a, _turned(first, cos_a, second, sin_a, -1.0, TURN), mask=mask)
-    tl.store(y_ptr + cols_b, _turned(second, cos_b, first, sin_b, 1.0, TURN), mask=mask)
+    """Both columns of every pair, held; `ptr` is each row's first column that turns, or None."""
+    if ptr is not None:
+        if step(TURN, "layout") == "half":
+            pair = tl.arange(0, PAIRS)[None, :]
+            turns = is_row & (pair < DIM // 2)
+            a = load_held(ptr + pair * stride, turns)
+            b = load_held(ptr + (pair + DIM // 2) * stride, turns)
+        else:
+            col = tl.arange(0, 2 * PAIRS)[None, :]
+            both = load_held(ptr + col * stride, is_row & (col < DIM))
+            a, b = tl.split(tl.reshape(both, [ROWS, PAIRS, 2]))
+        return a, b
+
+
+@triton.jit
+def _store_pairs(
+    ptr, a, b, is_row,
+    ROWS: tl.constexpr, DIM: tl.constexpr, PAIRS: tl.constexpr, TURN: tl.constexpr,
+):  # fmt: skip
+    if step(TURN, "layout") == "half":
+        pair = tl.arange(0, PAIRS)[None, :]
+        turns = is_row & (pair < DIM // 2)
+        tl.store(ptr + pair, a, mask=turns)
+        tl.store(ptr + pair + DIM // 2, b, mask=turns)
+    else:
+        col = tl.arange(0, 2 * PAIRS)[None, :]
+        both = tl.reshape(tl.join(a, b), [ROWS, 2 * PAIRS])
+        tl.store(ptr + col, both, mask=is_row & (col < DIM))
 
 
 @triton.jit
@@ -101,34 +121,51 @@ def _rows(
     inner = row % size_inner
     x_ptr += outer * stride_x_outer + middle * stride_x_middle + inner * stride_x_inner
     y_ptr += row * N
+    weight_ptr = row_of(weight_ptr, row, 0)
     total = tl.zeros([ROWS, 1], tl.float64 if step(PLAN, "compute") == "f64" else tl.float32)
+    # What the last step needs is asked for before anyone waits for the statistic.
     if DIM > 0:
-        pair = tl.arange(0, PAIRS)[None, :]
-        is_half: tl.constexpr = step(TURN, "layout") == "half"
-        cols_a = START + (pair if is_half else 2 * pair)
-        cols_b = cols_a + (DIM // 2 if is_half else 1)
-        turns = is_row & (pair < DIM // 2)
-        a = load_held(x_ptr + cols_a, turns)
-        b = load_held(x_ptr + cols_b, turns)
-        total += tl.sum(squares(a, PLAN) + squares(b, PLAN), axis=1, keep_dims=True)
-    if DIM < N:
-        other = tl.arange(0, OTHERS)[None, :]
-        cols = tl.where(other < START, other, other + DIM)
-        passes = is_row & (cols < N)
-        x = load_held(x_ptr + cols, passes)
-        total += tl.sum(squares(x, PLAN), axis=1, keep_dims=True)
-    root = root_of(total, None, N, EPS, PLAN)
-    if DIM > 0:
+        a, b = _load_pairs(x_ptr + START, 1, is_row, ROWS, DIM, PAIRS, TURN)
         table = outer * stride_table_outer + middle * stride_table_middle
         table += inner * stride_table_inner
-        first = normalised(a, root, weight_ptr, cols_a, N, OFFSET, PLAN, False)
-        second = normalised(b, root, weight_ptr, cols_b, N, OFFSET, PLAN, False)
-        _store_turned(
-            first, second, cols_a, cols_b, pair, y_ptr, cos_ptr + table, sin_ptr + table,
-            stride_table, turns, DIM, COLS, START, TURN,
-        )  # fmt: skip
+        if COLS == DIM:  # an angle for each column
+            cos_a, cos_b = _load_pairs(
+                cos_ptr + table, stride_table, is_row, ROWS, DIM, PAIRS, TURN
+            )
+            sin_a, sin_b = _load_pairs(
+                sin_ptr + table, stride_table, is_row, ROWS, DIM, PAIRS, TURN
+            )
+        else:
+            pair = tl.arange(0, PAIRS)[None, :]
+            turns = is_row & (pair < DIM // 2)
+            cos_a = load_held(cos_ptr + table + pair * stride_table, turns)
+            sin_a = load_held(sin_ptr + table + pair * stride_table, turns)
+            cos_b, sin_b = cos_a, sin_a
+        if weight_ptr is None:
+            weight_a = None
+            weight_b = None
+        else:
+            weight_a, weight_b = _load_pairs(weight_ptr + START, 1, is_row, ROWS, DIM, PAIRS, TURN)
+        total += tl.sum(squares(a, PLAN) + squares(b, PLAN), axis=1, keep_dims=True)
     if DIM < N:
-        y = normalised(x, root, weight_ptr, cols, N, OFFSET, PLAN, False)
+        cols = tl.arange(0, OTHERS)[None, :]
+        if DIM > 0:
+            cols = tl.where(cols < START, cols, cols + DIM)
+        passes = is_row & (cols < N)
+        x = load_held(x_ptr + cols, passes)
+        weight = None
+        if weight_ptr is not None:
+            weight = load_held(weight_ptr + cols, passes)
+        total += tl.sum(squares(x, PLAN), axis=1, keep_dims=True)
+    root = root_of_total(total, None, N, EPS, PLAN)
+    if DIM > 0:
+        first = rounded(normalised(a, root, weight_a, OFFSET, PLAN, False), step(TURN, "in"))
+        second = rounded(normalised(b, root, weight_b, OFFSET, PLAN, False), step(TURN, "in"))
+        y_a = _turned(first, cos_a, second, sin_a, -1.0, TURN)
+        y_b = _turned(second, cos_b, first, sin_b, 1.0, TURN)
+        _store_pairs(y_ptr + START, y_a, y_b, is_row, ROWS, DIM, PAIRS, TURN)
+    if DIM < N:
+        y = normalised(x, root, weight, OFFSET, PLAN, False)
         tl.store(y_ptr + cols, y, mask=passes)
     store_inverse_root(rstd_ptr, root, row, num_rows, PLAN)
 
@@ -169,7 +206,7 @@ def qk_rms_norm_rope_kernel(
             N_1, ROWS_1, DIM_1, COLS, START_1, PAIRS_1, OTHERS_1, TURN_1,
             EPS_1, OFFSET_1, PLAN_1,
         )  # fmt: skip
-    if N_2 > 0:  # noqa: SIM102 - a constant: what it guards is not compiled for an empty slot
+    if N_2 > 0:
         if (tile >= end_1) & (tile < end_2):
             _rows(
                 tile - end_1, x_2_ptr, weight_2_ptr, cos_ptr, sin_ptr, y_2_ptr, rstd_2_ptr,
@@ -179,7 +216,7 @@ def qk_rms_norm_rope_kernel(
                 N_2, ROWS_2, DIM_2, COLS, START_2, PAIRS_2, OTHERS_2, TURN_2,
                 EPS_2, OFFSET_2, PLAN_2,
             )  # fmt: skip
-    if N_3 > 0:  # noqa: SIM102
+    if N_3 > 0:
         if tile >= end_2:
             _rows(
                 tile - end_2, x_3_ptr, weight_3_ptr, cos_ptr, sin_ptr, y_3_ptr, rstd_3_ptr,

@@ -19,12 +19,13 @@ import torch
 import triton
 import triton.language as tl
 
+from normfuse.ops.kernels.chunks import fenced, load_tiles, num_tiles, row_of, store_tile, tile_at
 from normfuse.ops.kernels.constants import norm_constants
 from normfuse.ops.kernels.row import (
-    load_held,
     normalised,
     root_of,
     row_index,
+    row_start,
     squares,
     store_inverse_root,
     zero_sums,
@@ -59,37 +60,31 @@ def rms_norm_kernel(
     N: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    READS: tl.constexpr,
     EPS: tl.constexpr,
     OFFSET: tl.constexpr,
     PLAN: tl.constexpr,
 ):
     row = row_index(ROWS)
-    outer = row // size_inner // size_middle
-    middle = row // size_inner % size_middle
-    inner = row % size_inner
-    x_ptr += outer * stride_x_outer + middle * stride_x_middle + inner * stride_x_inner
+    is_row = row < num_rows
+    x_ptr += row_start(
+        row, size_middle, size_inner, stride_x_outer, stride_x_middle, stride_x_inner
+    )
     y_ptr += row * N
-    cols = tl.arange(0, BLOCK)[None, :]
-    if BLOCK >= N:
-        mask = (row < num_rows) & (cols < N)
-        x = load_held(x_ptr + cols, mask)
-        root = root_of(squares(x, PLAN), eps_ptr, N, EPS, PLAN)
-        y = normalised(
-            x, root, weight_ptr, cols,
-            N, OFFSET, PLAN, False,
-        )  # fmt: skip
-        tl.store(y_ptr + cols, y, mask=mask)
-    else:
-        sums = zero_sums(ROWS, BLOCK, PLAN)
-        for start in range(0, N, BLOCK):
-            mask = (row < num_rows) & (start + cols < N)
-            sums += squares(load_held(x_ptr + start + cols, mask), PLAN)
-        root = root_of(sums, eps_ptr, N, EPS, PLAN)
-        for start in range(0, N, BLOCK):
-            mask = (row < num_rows) & (start + cols < N)
-            x = load_held(x_ptr + start + cols, mask)
-            y = normalised(x, root, weight_ptr, start + cols, N, OFFSET, PLAN, False)
-            tl.store(y_ptr + start + cols, y, mask=mask)
+    weight_ptr = row_of(weight_ptr, row, 0)
+    xs = load_tiles(x_ptr, is_row, N, BLOCK, READS, "held")
+    weights = load_tiles(weight_ptr, None, N, BLOCK, READS, "ahead")
+    sums = zero_sums(ROWS, BLOCK, PLAN)
+    for index in tl.static_range(num_tiles(N, BLOCK)):
+        x = tile_at(xs, x_ptr, is_row, index, N, BLOCK, READS, "held")
+        sums += squares(x, PLAN)
+    root = root_of(sums, eps_ptr, N, EPS, PLAN)
+    xs, weights = fenced(xs, READS), fenced(weights, READS)
+    for index in tl.static_range(num_tiles(N, BLOCK)):
+        x = tile_at(xs, x_ptr, is_row, index, N, BLOCK, READS, "held")
+        weight = tile_at(weights, weight_ptr, None, index, N, BLOCK, READS, "ahead")
+        y = normalised(x, root, weight, OFFSET, PLAN, False)
+        store_tile(y_ptr, y, is_row, index, N, BLOCK, READS)
     store_inverse_root(rstd_ptr, root, row, num_rows, PLAN)
 
 
@@ -138,9 +133,7 @@ def launch(
             rstd,
             num_rows(x),
             *strides,
-            N=x.shape[-1],
-            ROWS=tile.rows,
-            BLOCK=tile.block,
+            **tile.constants(x.shape[-1]),
             **norm_constants(plan, eps, offset),
             num_warps=tile.num_warps,
         )

@@ -22,10 +22,12 @@ import torch
 import triton
 import triton.language as tl
 
+from normfuse.ops.kernels.chunks import fenced, load_tiles, num_tiles, row_of, store_tile, tile_at
 from normfuse.ops.kernels.constants import SumTypes, norm_constants
 from normfuse.ops.kernels.row import (
-    load_held,
-    normalised_sum,
+    load_scale,
+    normalised,
+    residual_sum,
     root_of,
     row_index,
     squares,
@@ -63,6 +65,7 @@ def rms_norm_add_kernel(
     N: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    READS: tl.constexpr,
     BRANCH_SCALE: tl.constexpr,
     TOTAL_SCALE: tl.constexpr,
     SUM: tl.constexpr,
@@ -71,36 +74,31 @@ def rms_norm_add_kernel(
     PLAN: tl.constexpr,
 ):
     row = row_index(ROWS)
+    is_row = row < num_rows
     x_ptr += row * stride_x_row
     residual_ptr += row * stride_residual_row
     total_ptr += row * N
-    cols = tl.arange(0, BLOCK)[None, :]
-    if BLOCK >= N:
-        mask = (row < num_rows) & (cols < N)
-        x = load_held(x_ptr + cols, mask)
-        root = root_of(squares(x, PLAN), None, N, EPS, PLAN)
-        total = normalised_sum(
-            x, root, residual_ptr, weight_ptr, branch_scale_ptr, total_scale_ptr, cols, mask,
-            N, BRANCH_SCALE, TOTAL_SCALE, SUM,
-            OFFSET, PLAN,
-        )  # fmt: skip
-        tl.store(total_ptr + cols, total, mask=mask)
-    else:
-        sums = zero_sums(ROWS, BLOCK, PLAN)
-        for start in range(0, N, BLOCK):
-            mask = (row < num_rows) & (start + cols < N)
-            sums += squares(load_held(x_ptr + start + cols, mask), PLAN)
-        root = root_of(sums, None, N, EPS, PLAN)
-        for start in range(0, N, BLOCK):
-            mask = (row < num_rows) & (start + cols < N)
-            x = load_held(x_ptr + start + cols, mask)
-            total = normalised_sum(
-                x, root, residual_ptr, weight_ptr, branch_scale_ptr, total_scale_ptr,
-                start + cols, mask,
-                N, BRANCH_SCALE, TOTAL_SCALE, SUM,
-                OFFSET, PLAN,
-            )  # fmt: skip
-            tl.store(total_ptr + start + cols, total, mask=mask)
+    weight_ptr = row_of(weight_ptr, row, 0)
+    xs = load_tiles(x_ptr, is_row, N, BLOCK, READS, "held")
+    residuals = load_tiles(residual_ptr, is_row, N, BLOCK, READS, "ahead")
+    weights = load_tiles(weight_ptr, None, N, BLOCK, READS, "ahead")
+    branch_scale = load_scale(branch_scale_ptr)
+    total_scale = load_scale(total_scale_ptr)
+    sums = zero_sums(ROWS, BLOCK, PLAN)
+    for index in tl.static_range(num_tiles(N, BLOCK)):
+        x = tile_at(xs, x_ptr, is_row, index, N, BLOCK, READS, "held")
+        sums += squares(x, PLAN)
+    root = root_of(sums, None, N, EPS, PLAN)
+    xs, residuals, weights = fenced(xs, READS), fenced(residuals, READS), fenced(weights, READS)
+    for index in tl.static_range(num_tiles(N, BLOCK)):
+        x = tile_at(xs, x_ptr, is_row, index, N, BLOCK, READS, "held")
+        weight = tile_at(weights, weight_ptr, None, index, N, BLOCK, READS, "ahead")
+        branch = normalised(x, root, weight, OFFSET, PLAN, True)
+        residual = tile_at(residuals, residual_ptr, is_row, index, N, BLOCK, READS, "ahead")
+        total = residual_sum(
+            branch, residual, branch_scale, total_scale, BRANCH_SCALE, TOTAL_SCALE, SUM
+        )
+        store_tile(total_ptr, total, is_row, index, N, BLOCK, READS)
     store_inverse_root(rstd_ptr, root, row, num_rows, PLAN)
 
 
@@ -147,9 +145,7 @@ def launch(
             num_rows(x),
             stride_x,
             stride_residual,
-            N=x.shape[-1],
-            ROWS=tile.rows,
-            BLOCK=tile.block,
+            **tile.constants(x.shape[-1]),
             **types.constants(scales),
             **norm_constants(plan, eps, offset),
             num_warps=tile.num_warps,

@@ -25,15 +25,27 @@ import torch
 import triton
 import triton.language as tl
 
+from normfuse.ops.kernels.chunks import (
+    fenced,
+    load_tiles,
+    narrowed,
+    num_tiles,
+    row_of,
+    says,
+    store_tile,
+    tile_at,
+)
 from normfuse.ops.kernels.constants import SumTypes, norm_constants
 from normfuse.ops.kernels.row import (
-    load_held,
+    load_scale,
     normalised,
-    normalised_sum,
+    residual_sum,
     root_of,
     row_index,
     squares,
+    step,
     store_inverse_root,
+    widened,
     zero_sums,
 )
 from normfuse.ops.kernels.rows import (
@@ -50,6 +62,35 @@ from normfuse.ops.kernels.tile import Launch, device_of, eager
 if TYPE_CHECKING:
     from normfuse.ops.residual_sum import Scales
     from normfuse.ops.rounding import RoundingPlan
+
+
+@triton.jit
+def _total(
+    xs,
+    residuals,
+    weights,
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    root,
+    branch_scale,
+    total_scale,
+    is_row,
+    index: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    READS: tl.constexpr,
+    BRANCH_SCALE: tl.constexpr,
+    TOTAL_SCALE: tl.constexpr,
+    SUM: tl.constexpr,
+    OFFSET: tl.constexpr,
+    PLAN: tl.constexpr,
+):
+    x = tile_at(xs, x_ptr, is_row, index, N, BLOCK, READS, "held")
+    weight = tile_at(weights, weight_ptr, None, index, N, BLOCK, READS, "ahead")
+    branch = normalised(x, root, weight, OFFSET, PLAN, True)
+    residual = tile_at(residuals, residual_ptr, is_row, index, N, BLOCK, READS, "ahead")
+    return residual_sum(branch, residual, branch_scale, total_scale, BRANCH_SCALE, TOTAL_SCALE, SUM)
 
 
 @triton.jit
@@ -70,6 +111,7 @@ def rms_norm_add_rms_norm_kernel(
     N: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    READS: tl.constexpr,
     BRANCH_SCALE: tl.constexpr,
     TOTAL_SCALE: tl.constexpr,
     SUM: tl.constexpr,
@@ -81,58 +123,51 @@ def rms_norm_add_rms_norm_kernel(
     PLAN_2: tl.constexpr,
 ):
     row = row_index(ROWS)
+    is_row = row < num_rows
     x_ptr += row * stride_x_row
     residual_ptr += row * stride_residual_row
     y_ptr += row * N
-    if total_ptr is not None:
-        total_ptr += row * N
-    all_cols = tl.arange(0, BLOCK)[None, :]
-    if BLOCK >= N:
-        mask = (row < num_rows) & (all_cols < N)
-        x = load_held(x_ptr + all_cols, mask)
-        root_1 = root_of(squares(x, PLAN_1), None, N, EPS_1, PLAN_1)
-        total = normalised_sum(
-            x, root_1, residual_ptr, weight_1_ptr, branch_scale_ptr, total_scale_ptr,
-            all_cols, mask,
-            N, BRANCH_SCALE, TOTAL_SCALE, SUM, OFFSET_1, PLAN_1,
+    total_ptr = row_of(total_ptr, row, N)
+    weight_1_ptr = row_of(weight_1_ptr, row, 0)
+    weight_2_ptr = row_of(weight_2_ptr, row, 0)
+    xs = load_tiles(x_ptr, is_row, N, BLOCK, READS, "held")
+    residuals = load_tiles(residual_ptr, is_row, N, BLOCK, READS, "ahead")
+    weights_1 = load_tiles(weight_1_ptr, None, N, BLOCK, READS, "ahead")
+    weights_2 = load_tiles(weight_2_ptr, None, N, BLOCK, READS, "ahead")
+    branch_scale = load_scale(branch_scale_ptr)
+    total_scale = load_scale(total_scale_ptr)
+    sums_1 = zero_sums(ROWS, BLOCK, PLAN_1)
+    for index in tl.static_range(num_tiles(N, BLOCK)):
+        x = tile_at(xs, x_ptr, is_row, index, N, BLOCK, READS, "held")
+        sums_1 += squares(x, PLAN_1)
+    root_1 = root_of(sums_1, None, N, EPS_1, PLAN_1)
+    xs, residuals = fenced(xs, READS), fenced(residuals, READS)
+    weights_1, weights_2 = fenced(weights_1, READS), fenced(weights_2, READS)
+    sums_2 = zero_sums(ROWS, BLOCK, PLAN_2)
+    totals = ()
+    for index in tl.static_range(num_tiles(N, BLOCK)):
+        total = _total(
+            xs, residuals, weights_1, x_ptr, residual_ptr, weight_1_ptr,
+            root_1, branch_scale, total_scale, is_row, index,
+            N, BLOCK, READS, BRANCH_SCALE, TOTAL_SCALE, SUM, OFFSET_1, PLAN_1,
         )  # fmt: skip
-        if total_ptr is not None:
-            tl.store(total_ptr + all_cols, total, mask=mask)
-        root_2 = root_of(squares(total, PLAN_2), None, N, EPS_2, PLAN_2)
-        y = normalised(total, root_2, weight_2_ptr, all_cols, N, OFFSET_2, PLAN_2, False)
-        tl.store(y_ptr + all_cols, y, mask=mask)
-    else:
-        sums_1 = zero_sums(ROWS, BLOCK, PLAN_1)
-        for start in range(0, N, BLOCK):
-            cols = start + all_cols
-            x = load_held(x_ptr + cols, (row < num_rows) & (cols < N))
-            sums_1 += squares(x, PLAN_1)
-        root_1 = root_of(sums_1, None, N, EPS_1, PLAN_1)
-        sums_2 = zero_sums(ROWS, BLOCK, PLAN_2)
-        for start in range(0, N, BLOCK):
-            cols = start + all_cols
-            mask = (row < num_rows) & (cols < N)
-            x = load_held(x_ptr + cols, mask)
-            total = normalised_sum(
-                x, root_1, residual_ptr, weight_1_ptr, branch_scale_ptr, total_scale_ptr,
-                cols, mask,
-                N, BRANCH_SCALE, TOTAL_SCALE, SUM, OFFSET_1, PLAN_1,
+        store_tile(total_ptr, total, is_row, index, N, BLOCK, READS)
+        totals = totals + (narrowed(total, step(SUM, "total")),)
+        sums_2 += squares(total, PLAN_2)
+    root_2 = root_of(sums_2, None, N, EPS_2, PLAN_2)
+    totals = fenced(totals, READS)
+    for index in tl.static_range(num_tiles(N, BLOCK)):
+        if says(READS, "held"):
+            total = widened(totals[index])
+        else:
+            total = _total(
+                xs, residuals, weights_1, x_ptr, residual_ptr, weight_1_ptr,
+                root_1, branch_scale, total_scale, is_row, index,
+                N, BLOCK, READS, BRANCH_SCALE, TOTAL_SCALE, SUM, OFFSET_1, PLAN_1,
             )  # fmt: skip
-            sums_2 += squares(total, PLAN_2)
-        root_2 = root_of(sums_2, None, N, EPS_2, PLAN_2)
-        for start in range(0, N, BLOCK):
-            cols = start + all_cols
-            mask = (row < num_rows) & (cols < N)
-            x = load_held(x_ptr + cols, mask)
-            total = normalised_sum(
-                x, root_1, residual_ptr, weight_1_ptr, branch_scale_ptr, total_scale_ptr,
-                cols, mask,
-                N, BRANCH_SCALE, TOTAL_SCALE, SUM, OFFSET_1, PLAN_1,
-            )  # fmt: skip
-            if total_ptr is not None:
-                tl.store(total_ptr + cols, total, mask=mask)
-            y = normalised(total, root_2, weight_2_ptr, cols, N, OFFSET_2, PLAN_2, False)
-            tl.store(y_ptr + cols, y, mask=mask)
+        weight_2 = tile_at(weights_2, weight_2_ptr, None, index, N, BLOCK, READS, "ahead")
+        y = normalised(total, root_2, weight_2, OFFSET_2, PLAN_2, False)
+        store_tile(y_ptr, y, is_row, index, N, BLOCK, READS)
     store_inverse_root(rstd_1_ptr, root_1, row, num_rows, PLAN_1)
     store_inverse_root(rstd_2_ptr, root_2, row, num_rows, PLAN_2)
 
@@ -190,9 +225,7 @@ def launch(
             num_rows(x),
             stride_x,
             stride_residual,
-            N=x.shape[-1],
-            ROWS=tile.rows,
-            BLOCK=tile.block,
+            **tile.constants(x.shape[-1]),
             **types.constants(scales),
             **norm_constants(plan_1, eps_1, offset_1, "_1"),
             **norm_constants(plan_2, eps_2, offset_2, "_2"),

@@ -19,12 +19,13 @@ import torch
 import triton
 import triton.language as tl
 
+from normfuse.ops.kernels.chunks import fenced, load_tiles, num_tiles, row_of, store_tile, tile_at
 from normfuse.ops.kernels.constants import plan_text
 from normfuse.ops.kernels.row import (
-    load_held,
     normalised,
     root_of,
     row_index,
+    row_start,
     scaled,
     squares,
     step,
@@ -53,56 +54,24 @@ HELD = 2  # rows in registers: x, and the result that is made of it
 def _store_norm(
     x,
     root,
+    weights,
     weight_ptr,
     y_ptr,
-    row,
-    cols,
-    mask,
+    is_row,
+    index: tl.constexpr,
     N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    READS: tl.constexpr,
     OFFSET: tl.constexpr,
     SCALE: tl.constexpr,
     PLAN: tl.constexpr,
 ):
     if y_ptr is not None:
         OUT: tl.constexpr = step(PLAN, "out")
-        y = normalised(x, root, weight_ptr, cols, N, OFFSET, PLAN, False)
+        weight = tile_at(weights, weight_ptr, None, index, N, BLOCK, READS, "ahead")
+        y = normalised(x, root, weight, OFFSET, PLAN, False)
         y = scaled(y, None, SCALE, OUT, OUT, False)
-        tl.store(y_ptr + row * N + cols, y, mask=mask)
-
-
-@triton.jit
-def _store_norms(
-    x,
-    root,
-    weight_1_ptr,
-    weight_2_ptr,
-    weight_3_ptr,
-    weight_4_ptr,
-    y_1_ptr,
-    y_2_ptr,
-    y_3_ptr,
-    y_4_ptr,
-    row,
-    cols,
-    mask,
-    N: tl.constexpr,
-    OFFSET_1: tl.constexpr,
-    OFFSET_2: tl.constexpr,
-    OFFSET_3: tl.constexpr,
-    OFFSET_4: tl.constexpr,
-    SCALE_1: tl.constexpr,
-    SCALE_2: tl.constexpr,
-    SCALE_3: tl.constexpr,
-    SCALE_4: tl.constexpr,
-    PLAN_1: tl.constexpr,
-    PLAN_2: tl.constexpr,
-    PLAN_3: tl.constexpr,
-    PLAN_4: tl.constexpr,
-):
-    _store_norm(x, root, weight_1_ptr, y_1_ptr, row, cols, mask, N, OFFSET_1, SCALE_1, PLAN_1)
-    _store_norm(x, root, weight_2_ptr, y_2_ptr, row, cols, mask, N, OFFSET_2, SCALE_2, PLAN_2)
-    _store_norm(x, root, weight_3_ptr, y_3_ptr, row, cols, mask, N, OFFSET_3, SCALE_3, PLAN_3)
-    _store_norm(x, root, weight_4_ptr, y_4_ptr, row, cols, mask, N, OFFSET_4, SCALE_4, PLAN_4)
+        store_tile(y_ptr, y, is_row, index, N, BLOCK, READS)
 
 
 @triton.jit
@@ -126,6 +95,7 @@ def rms_norms_kernel(
     N: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    READS: tl.constexpr,
     EPS: tl.constexpr,
     OFFSET_1: tl.constexpr,
     OFFSET_2: tl.constexpr,
@@ -141,37 +111,49 @@ def rms_norms_kernel(
     PLAN_4: tl.constexpr,
 ):
     row = row_index(ROWS)
-    outer = row // size_inner // size_middle
-    middle = row // size_inner % size_middle
-    inner = row % size_inner
-    x_ptr += outer * stride_x_outer + middle * stride_x_middle + inner * stride_x_inner
-    all_cols = tl.arange(0, BLOCK)[None, :]
-    if BLOCK >= N:
-        mask = (row < num_rows) & (all_cols < N)
-        x = load_held(x_ptr + all_cols, mask)
-        root = root_of(squares(x, PLAN_1), None, N, EPS, PLAN_1)
-        _store_norms(
-            x, root, weight_1_ptr, weight_2_ptr, weight_3_ptr, weight_4_ptr,
-            y_1_ptr, y_2_ptr, y_3_ptr, y_4_ptr, row, all_cols, mask, N,
-            OFFSET_1, OFFSET_2, OFFSET_3, OFFSET_4, SCALE_1, SCALE_2, SCALE_3, SCALE_4,
-            PLAN_1, PLAN_2, PLAN_3, PLAN_4,
+    is_row = row < num_rows
+    x_ptr += row_start(
+        row, size_middle, size_inner, stride_x_outer, stride_x_middle, stride_x_inner
+    )
+    y_1_ptr = row_of(y_1_ptr, row, N)
+    y_2_ptr = row_of(y_2_ptr, row, N)
+    y_3_ptr = row_of(y_3_ptr, row, N)
+    y_4_ptr = row_of(y_4_ptr, row, N)
+    weight_1_ptr = row_of(weight_1_ptr, row, 0)
+    weight_2_ptr = row_of(weight_2_ptr, row, 0)
+    weight_3_ptr = row_of(weight_3_ptr, row, 0)
+    weight_4_ptr = row_of(weight_4_ptr, row, 0)
+    xs = load_tiles(x_ptr, is_row, N, BLOCK, READS, "held")
+    weights_1 = load_tiles(weight_1_ptr, None, N, BLOCK, READS, "ahead")
+    weights_2 = load_tiles(weight_2_ptr, None, N, BLOCK, READS, "ahead")
+    weights_3 = load_tiles(weight_3_ptr, None, N, BLOCK, READS, "ahead")
+    weights_4 = load_tiles(weight_4_ptr, None, N, BLOCK, READS, "ahead")
+    sums = zero_sums(ROWS, BLOCK, PLAN_1)
+    for index in tl.static_range(num_tiles(N, BLOCK)):
+        x = tile_at(xs, x_ptr, is_row, index, N, BLOCK, READS, "held")
+        sums += squares(x, PLAN_1)
+    root = root_of(sums, None, N, EPS, PLAN_1)
+    xs = fenced(xs, READS)
+    weights_1, weights_2 = fenced(weights_1, READS), fenced(weights_2, READS)
+    weights_3, weights_4 = fenced(weights_3, READS), fenced(weights_4, READS)
+    for index in tl.static_range(num_tiles(N, BLOCK)):
+        x = tile_at(xs, x_ptr, is_row, index, N, BLOCK, READS, "held")
+        _store_norm(
+            x, root, weights_1, weight_1_ptr, y_1_ptr, is_row, index,
+            N, BLOCK, READS, OFFSET_1, SCALE_1, PLAN_1,
         )  # fmt: skip
-    else:
-        sums = zero_sums(ROWS, BLOCK, PLAN_1)
-        for start in range(0, N, BLOCK):
-            mask = (row < num_rows) & (start + all_cols < N)
-            sums += squares(load_held(x_ptr + start + all_cols, mask), PLAN_1)
-        root = root_of(sums, None, N, EPS, PLAN_1)
-        for start in range(0, N, BLOCK):
-            cols = start + all_cols
-            mask = (row < num_rows) & (cols < N)
-            x = load_held(x_ptr + cols, mask)
-            _store_norms(
-                x, root, weight_1_ptr, weight_2_ptr, weight_3_ptr, weight_4_ptr,
-                y_1_ptr, y_2_ptr, y_3_ptr, y_4_ptr, row, cols, mask, N,
-                OFFSET_1, OFFSET_2, OFFSET_3, OFFSET_4, SCALE_1, SCALE_2, SCALE_3, SCALE_4,
-                PLAN_1, PLAN_2, PLAN_3, PLAN_4,
-            )  # fmt: skip
+        _store_norm(
+            x, root, weights_2, weight_2_ptr, y_2_ptr, is_row, index,
+            N, BLOCK, READS, OFFSET_2, SCALE_2, PLAN_2,
+        )  # fmt: skip
+        _store_norm(
+            x, root, weights_3, weight_3_ptr, y_3_ptr, is_row, index,
+            N, BLOCK, READS, OFFSET_3, SCALE_3, PLAN_3,
+        )  # fmt: skip
+        _store_norm(
+            x, root, weights_4, weight_4_ptr, y_4_ptr, is_row, index,
+            N, BLOCK, READS, OFFSET_4, SCALE_4, PLAN_4,
+        )  # fmt: skip
     store_inverse_root(rstd_ptr, root, row, num_rows, PLAN_1)
 
 
@@ -218,9 +200,7 @@ def launch(
             rstd,
             num_rows(x),
             *strides,
-            N=x.shape[-1],
-            ROWS=tile.rows,
-            BLOCK=tile.block,
+            **tile.constants(x.shape[-1]),
             EPS=float(eps),
             **_numbered("OFFSET", [float(offset) for offset in offsets]),
             **_numbered("SCALE", [None if scale == 1.0 else float(scale) for scale in scales]),

@@ -31,21 +31,58 @@ def rounded(value, TYPE: tl.constexpr):
 
 
 @triton.jit
-def load_held(pointers, mask):
-    """Elements held in float64 or float32, and zero where masked: it adds nothing to a sum."""
-    value = tl.load(pointers, mask=mask, other=0.0)
+def widened(value):
+    """A value in the type in which torch computes with it."""
     if value.dtype != tl.float64:
         value = value.to(tl.float32)
     return value
 
 
 @triton.jit
-def multiplied(left, right, TYPE: tl.constexpr, IS_ADDED: tl.constexpr):
-    """left * right rounded to TYPE; IS_ADDED says that a sum reads it."""
-    # The compiler would contract a product and a sum to one FMA, which rounds once where eager
-    # rounds twice. It must keep this zero, which turns -0 into +0; the sum reads them as one.
-    result = tl.fma(left, right, 0.0) if IS_ADDED else left * right
-    return rounded(result, TYPE)
+def load_held(pointers, mask):
+    """Elements held in float64 or float32, and zero where masked: it adds nothing to a sum."""
+    return widened(tl.load(pointers, mask=mask, other=0.0))
+
+
+@triton.jit
+def multiplied(left, right, TYPE: tl.constexpr, IS_ADDED: tl.constexpr, ON: tl.constexpr):
+    """left * right rounded to TYPE; IS_ADDED says that a sum reads it.
+
+    Where both hold values of TYPE, ON may name the GPU: it then multiplies two pairs at once.
+    """
+    if ON == "cuda" and TYPE == "bf16":
+        result = tl.inline_asm_elementwise(
+            "{ .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 $0, $1, $2, zero; }",
+            "=r,r,r",
+            [left.to(tl.bfloat16), right.to(tl.bfloat16)],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=2,
+        ).to(tl.float32)
+    else:
+        # The compiler would contract a product and a sum to one FMA, which rounds once where eager
+        # rounds twice. It must keep this zero, which turns -0 into +0; the sum reads them as one.
+        result = tl.fma(left, right, 0.0) if IS_ADDED else left * right
+        result = rounded(result, TYPE)
+    return result
+
+
+@triton.jit
+def added(left, right, SIGN: tl.constexpr, TYPE: tl.constexpr, ON: tl.constexpr):
+    """left + SIGN * right rounded to TYPE; SIGN is 1 or -1, ON as in `multiplied`."""
+    if ON == "cuda" and TYPE == "bf16":
+        ONES: tl.constexpr = "0x3f803f80" if SIGN > 0 else "0xbf80bf80"
+        result = tl.inline_asm_elementwise(
+            "{ .reg .b32 ones; mov.b32 ones, " + ONES + "; fma.rn.bf16x2 $0, $2, ones, $1; }",
+            "=r,r,r",
+            [left.to(tl.bfloat16), right.to(tl.bfloat16)],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=2,
+        ).to(tl.float32)
+    else:
+        result = rounded(left + SIGN * right, TYPE)
+    return result
 
 
 @triton.jit
@@ -87,17 +124,43 @@ def zero_sums(ROWS: tl.constexpr, BLOCK: tl.constexpr, PLAN: tl.constexpr):
 @triton.jit
 def root_of(sums, eps_ptr, N: tl.constexpr, EPS: tl.constexpr, PLAN: tl.constexpr):
     """Sums of squares (ROWS, BLOCK) -> the root (ROWS, 1) that multiplies x, or divides it."""
+    return root_of_total(tl.sum(sums, axis=1, keep_dims=True), eps_ptr, N, EPS, PLAN)
+
+
+@triton.jit
+def roots_of_two(
+    sums_1,
+    sums_2,
+    N: tl.constexpr,
+    EPS_1: tl.constexpr,
+    PLAN_1: tl.constexpr,
+    EPS_2: tl.constexpr,
+    PLAN_2: tl.constexpr,
+):
+    """`root_of` for two rows: what lanes tell each other goes in one message, not in two."""
+    if sums_1.dtype == sums_2.dtype:
+        total_1, total_2 = tl.split(tl.sum(tl.join(sums_1, sums_2), axis=1))
+        root_1 = root_of_total(total_1[:, None], None, N, EPS_1, PLAN_1)
+        root_2 = root_of_total(total_2[:, None], None, N, EPS_2, PLAN_2)
+    else:
+        root_1 = root_of(sums_1, None, N, EPS_1, PLAN_1)
+        root_2 = root_of(sums_2, None, N, EPS_2, PLAN_2)
+    return root_1, root_2
+
+
+@triton.jit
+def root_of_total(total, eps_ptr, N: tl.constexpr, EPS: tl.constexpr, PLAN: tl.constexpr):
+    """`root_of` for a sum of squares (ROWS, 1)."""
     COMPUTE: tl.constexpr = step(PLAN, "compute")
     MEAN: tl.constexpr = step(PLAN, "mean")
     ROOT: tl.constexpr = step(PLAN, "root")
-    total = tl.sum(sums, axis=1, keep_dims=True)
     if MEAN != "mean":
         total = rounded(total, COMPUTE)  # eager's `.sum(-1)`
     mean = total
     if MEAN != "sum":
         # On a GPU, eager's `mean`, `/ N` and `* (1 / N)` all multiply by the rounded reciprocal.
         reciprocal = tl.full([1, 1], 1.0 / N, total.dtype)
-        mean = multiplied(total, reciprocal, COMPUTE, True)  # eager's mean
+        mean = multiplied(total, reciprocal, COMPUTE, True, "none")  # eager's mean
     if eps_ptr is None:
         variance = rounded(mean + EPS, COMPUTE)  # eager's `+ eps`
     else:
@@ -126,14 +189,15 @@ def store_inverse_root(rstd_ptr, root, row, num_rows, PLAN: tl.constexpr):
 def normalised(
     x,
     root,
-    weight_ptr,
-    cols,
-    N: tl.constexpr,
+    weight,
     OFFSET: tl.constexpr,
     PLAN: tl.constexpr,
     IS_ADDED: tl.constexpr,
 ):
-    """A tile of x times its root, times weight + offset, with the roundings of one plan."""
+    """A tile of x times its root, times weight + offset, with the roundings of one plan.
+
+    `weight` is a tile that broadcasts to x, or None.
+    """
     FORM: tl.constexpr = step(PLAN, "form")
     ROOT: tl.constexpr = step(PLAN, "root")
     x = rounded(x, FORM)
@@ -143,35 +207,46 @@ def normalised(
     if ROOT == "divide_by_sqrt":
         unit = rounded(divided(x, root), FORM)
     else:
-        unit = multiplied(x, root, FORM, IS_ADDED)
+        unit = multiplied(x, root, FORM, IS_ADDED, "none")
     unit = rounded(unit, step(PLAN, "unit"))  # eager's `.to(input_dtype)` before the weight
-    if weight_ptr is not None:
+    if weight is not None:
         WEIGHT: tl.constexpr = step(PLAN, "weight")
         PRODUCT: tl.constexpr = step(PLAN, "product")
-        factor = rounded(load_held(weight_ptr + cols, cols < N), WEIGHT)  # eager's `weight.float()`
+        factor = rounded(weight, WEIGHT)  # eager's `weight.float()`
         if OFFSET != 0.0:
             factor = rounded(factor + OFFSET, WEIGHT)  # eager's `1.0 + weight`
         factor = rounded(rounded(factor, step(PLAN, "factor")), PRODUCT)
-        unit = multiplied(rounded(unit, PRODUCT), factor, PRODUCT, IS_ADDED)  # eager's product
+        unit = multiplied(
+            rounded(unit, PRODUCT), factor, PRODUCT, IS_ADDED, step(PLAN, "on")
+        )  # eager's product
     return rounded(unit, step(PLAN, "out"))  # eager's cast of the result
+
+
+@triton.jit
+def load_scale(scale_ptr):
+    """The only element of a tensor that scales, or None."""
+    if scale_ptr is not None:
+        return tl.load(scale_ptr)
 
 
 @triton.jit
 def scaled(
     value,
-    scale_ptr,
+    scale,
     SCALE: tl.constexpr,
     TYPE: tl.constexpr,
     RESULT: tl.constexpr,
     IS_ADDED: tl.constexpr,
 ):
-    """`value` of TYPE times SCALE, times the element at `scale_ptr`; that may widen to RESULT."""
+    """`value` of TYPE times SCALE, times `scale`, a scalar or None that may widen to RESULT."""
     if SCALE is not None:
         number = tl.full([1, 1], SCALE, value.dtype)  # torch keeps a number in the held type
-        value = multiplied(value, number, TYPE, IS_ADDED)  # eager's product with a number
-    if scale_ptr is not None:
-        scale = rounded(tl.load(scale_ptr), RESULT)  # torch casts a 0-d operand first
-        value = multiplied(rounded(value, RESULT), scale, RESULT, IS_ADDED)  # eager's product
+        value = multiplied(value, number, TYPE, IS_ADDED, "none")  # eager's product with a number
+    if scale is not None:
+        scale = rounded(scale, RESULT)  # torch casts a 0-d operand first
+        value = multiplied(
+            rounded(value, RESULT), scale, RESULT, IS_ADDED, "none"
+        )  # eager's product
     return value
 
 
@@ -179,8 +254,8 @@ def scaled(
 def residual_sum(
     branch,
     residual,
-    branch_scale_ptr,
-    total_scale_ptr,
+    branch_scale,
+    total_scale,
     BRANCH_SCALE: tl.constexpr,
     TOTAL_SCALE: tl.constexpr,
     SUM: tl.constexpr,
@@ -188,35 +263,10 @@ def residual_sum(
     """(residual + branch * branch_scale) * total_scale; each step rounds to the promoted type."""
     TYPE: tl.constexpr = step(SUM, "sum")
     branch = scaled(
-        branch, branch_scale_ptr, BRANCH_SCALE, step(SUM, "branch"), step(SUM, "scaled"), True
+        branch, branch_scale, BRANCH_SCALE, step(SUM, "branch"), step(SUM, "scaled"), True
     )
     total = rounded(rounded(residual, TYPE) + rounded(branch, TYPE), TYPE)  # eager's add
-    return scaled(total, total_scale_ptr, TOTAL_SCALE, TYPE, step(SUM, "total"), False)
-
-
-@triton.jit
-def normalised_sum(
-    x,
-    root,
-    residual_ptr,
-    weight_ptr,
-    branch_scale_ptr,
-    total_scale_ptr,
-    cols,
-    mask,
-    N: tl.constexpr,
-    BRANCH_SCALE: tl.constexpr,
-    TOTAL_SCALE: tl.constexpr,
-    SUM: tl.constexpr,
-    OFFSET: tl.constexpr,
-    PLAN: tl.constexpr,
-):
-    """(residual + norm(x) * branch_scale) * total_scale of a tile of x, the residual read here."""
-    residual = load_held(residual_ptr + cols, mask)
-    branch = normalised(x, root, weight_ptr, cols, N, OFFSET, PLAN, True)
-    return residual_sum(
-        branch, residual, branch_scale_ptr, total_scale_ptr, BRANCH_SCALE, TOTAL_SCALE, SUM
-    )
+    return scaled(total, total_scale, TOTAL_SCALE, TYPE, step(SUM, "total"), False)
 
 
 @triton.jit
@@ -250,25 +300,16 @@ def gated(value, gate, GATING: tl.constexpr):
 
 
 @triton.jit
-def modulated(
-    value,
-    scale_ptr,
-    shift_ptr,
-    cols,
-    mask,
-    SCALE_OFFSET: tl.constexpr,
-    MODULATION: tl.constexpr,
-):
-    """A tile of value * (scale + offset) + shift, scale and shift read here."""
+def modulated(value, scale, shift, SCALE_OFFSET: tl.constexpr, MODULATION: tl.constexpr):
+    """A tile of value * (scale + offset) + shift; shift may be None."""
     FACTOR: tl.constexpr = step(MODULATION, "factor")
     PRODUCT: tl.constexpr = step(MODULATION, "product")
     SUM: tl.constexpr = step(MODULATION, "sum")
-    factor = rounded(load_held(scale_ptr + cols, mask), FACTOR)
+    factor = rounded(scale, FACTOR)
     if SCALE_OFFSET != 0.0:
         factor = rounded(factor + SCALE_OFFSET, FACTOR)  # eager's `1 + scale`
     value, factor = rounded(value, PRODUCT), rounded(factor, PRODUCT)
-    value = multiplied(value, factor, PRODUCT, shift_ptr is not None)  # eager's product
-    if shift_ptr is not None:
-        shift = rounded(load_held(shift_ptr + cols, mask), SUM)
-        value = rounded(rounded(value, SUM) + shift, SUM)  # eager's add
+    value = multiplied(value, factor, PRODUCT, shift is not None, "none")  # eager's product
+    if shift is not None:
+        value = rounded(rounded(value, SUM) + rounded(shift, SUM), SUM)  # eager's add
     return rounded(value, step(MODULATION, "out"))  # eager's cast of the result

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import triton
 
-from normfuse.ops.kernels.constants import NAMES, norm_constants, text
+from normfuse.ops.kernels.constants import NAMES, norm_constants, target, text
 from normfuse.ops.kernels.rows import addressed_with, as_vector, num_rows, row_order
 from normfuse.ops.kernels.tile import MAX_THREADS, WARP_SIZE
 
@@ -155,5 +155,6 @@ def _turn(rotation: Rotation, table: torch.dtype) -> str:
             "in": NAMES[rotation.dtype],
             "product": NAMES[product],
             "out": NAMES[rotation.out],
+            "on": target(),
         }
     )
