@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 PRECOMPILE_SHARE = 0.4  # of the time limit, at most
-PRECOMPILE_SECONDS = 1800.0  # without a limit
+PRECOMPILE_SECONDS = 900.0  # without a limit
 CLOSING_SECONDS = 8.0  # kept for the summary and the files
 
 EXAMPLES = """
@@ -69,6 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--workers", type=int, metavar="N", help=workers)
     cache = "keep compiled kernels there for the next run (default: a temporary directory)"
     add("--cache", type=Path, metavar="DIR", help=cache)
+    shown = "measure nothing: print, and with --plots draw, a record made before"
+    add("--show", type=Path, metavar="FILE", help=shown)
     dry = "without a GPU: walk through everything at tiny sizes; the times are made up"
     add("--dry-run", action="store_true", help=dry)
 
@@ -106,9 +108,11 @@ def run(args: argparse.Namespace) -> int:
     """Measures what the command line asks for; returns 1 if a result of ours is wrong."""
     start = time.monotonic()
     _check(args)
+    console = Console() if sys.stdout.isatty() else Console(width=150)
+    if args.show:
+        return _show(args, console)
     cells = _chosen(args)
     limit = args.time_limit
-    console = Console() if sys.stdout.isatty() else Console(width=150)
     under_way = Run(args, console, None if limit is None else start + limit)
     place = tempfile.TemporaryDirectory(prefix="normfuse-bench-") if not args.cache else None
     with place or nullcontext(), warnings.catch_warnings():
@@ -119,7 +123,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    if not args.dry_run and not torch.cuda.is_available():
+    needs_gpu = not args.dry_run and not args.show
+    if needs_gpu and not torch.cuda.is_available():
         raise UsageError(
             "bench must have a CUDA device, got none: run it on a machine with a GPU, or pass "
             "--dry-run to see what it would do"
@@ -256,10 +261,26 @@ def _close(under_way: Run) -> int:
     if args.out:
         records.write(record, args.out)
     report.show(record, under_way.console)
-    if args.plots:
-        from normfuse.cli.bench import plots
-
-        for path in plots.draw(record, args.plots):
-            under_way.console.print(f"drawn: {path}")
+    _draw(record, args, under_way.console)
     failed = [failure for failure in record["summary"]["failures"] if failure["contender"] == OURS]
     return 1 if failed or record["broken"] else 0
+
+
+def _show(args: argparse.Namespace, console: Console) -> int:
+    from normfuse.cli.bench import record as records
+    from normfuse.cli.bench import report
+
+    if not args.show.is_file():
+        raise UsageError(f"--show must name a file, got {args.show}: pass what --out has written")
+    record = records.read(args.show)
+    report.show(record, console)
+    _draw(record, args, console)
+    return 0
+
+
+def _draw(record: dict[str, Any], args: argparse.Namespace, console: Console) -> None:
+    if args.plots:
+        from normfuse.cli.bench.plots import draw
+
+        for path in draw(record, args.plots):
+            console.print(f"drawn: {path}")

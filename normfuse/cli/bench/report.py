@@ -12,6 +12,7 @@ from normfuse.cli.bench.contenders import INDUCTOR, OURS
 from normfuse.cli.bench.summary import LOSS, REGIMES, compared
 
 Record = dict[str, Any]
+MAX_CELLS = 60  # of a table that one still reads
 
 
 def show(record: Record, console: Console) -> None:
@@ -96,6 +97,8 @@ def _add_means(table: Table, rows: dict[str, Record]) -> None:
 
 
 def _show_cells(record: Record, console: Console) -> None:
+    if len(record["cells"]) > MAX_CELLS:
+        return
     columns = ("cell", "ours", "Inductor", "best", "", "vs best", "of copy", "of limit")
     table = Table(*columns, title="us a call, cold (hot); the record has all contenders")
     for cell in record["cells"]:
