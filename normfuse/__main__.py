@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import torch
 
 import normfuse
-from normfuse.cli import doctor, explain
+from normfuse.cli import bench, doctor, explain
 from normfuse.cli.errors import UsageError
 
-SUBCOMMANDS = (explain, doctor)
+SUBCOMMANDS = (explain, doctor, bench)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

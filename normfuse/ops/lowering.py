@@ -64,18 +64,21 @@ def inline_form(op: Any) -> Callable[..., Any]:
     return _REFERENCES[op]
 
 
-def kernel_form(op: Any, used: tuple[bool, ...]) -> Callable[..., Any]:
+def kernel_form(
+    op: Any, used: tuple[bool, ...], wrap: Any = torch.library.wrap_triton
+) -> Callable[..., Any]:
     """A function of the op's arguments that launches its kernel in sight of the compiler.
 
     Args:
         op: the overload.
         used: for each result of the op, whether anything reads it; the kernel does not store the
             others.
+        wrap: how the compiler sees the launch; `kernels.tile.eager` launches without a compiler.
     """
     launch = _LAUNCHES[op]
 
     def form(*arguments: Any) -> Any:
-        return launch(torch.library.wrap_triton, used, *arguments)
+        return launch(wrap, used, *arguments)
 
     return form
 

@@ -1,0 +1,286 @@
+"""`python -m normfuse bench`: our kernels against Inductor, other libraries and the memory."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+import tempfile
+import time
+import warnings
+from collections import deque
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from normfuse.cli.bench.cells import OPS, Cell, grid
+from normfuse.cli.bench.peers import Attendance, attendance
+from normfuse.cli.errors import UsageError
+
+if TYPE_CHECKING:
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+PRECOMPILE_SHARE = 0.4  # of the time limit, at most
+PRECOMPILE_SECONDS = 900.0  # without a limit
+CLOSING_SECONDS = 8.0  # kept for the summary and the files
+
+EXAMPLES = """
+examples:
+  python -m normfuse bench --quick
+  python -m normfuse bench --ops add_rms_norm qk_rms_norm_rope --out mine.json --plots plots
+  python -m normfuse bench --time-limit 540 --out kernels.json    # the most informative cells first
+"""
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Describes `bench` and its arguments."""
+    parser = subparsers.add_parser(
+        "bench",
+        help="measure the kernels on this machine's GPU",
+        description="Measures our kernels against Inductor, F.rms_norm, Liger, QuACK, FlashInfer "
+        "and a copy of the same bytes, where they are installed, with cold and with warm caches. "
+        "Every result is checked against float64 before it is timed.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    add_arguments(parser)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments, also those of benchmarks/kernels.py."""
+    add = parser.add_argument
+    add("--quick", action="store_true", help="a few cells of every op")
+    add("--ops", nargs="+", choices=OPS, default=OPS, metavar="OP", help=", ".join(OPS))
+    add("--out", type=Path, metavar="FILE", help="write the record, as JSON")
+    add("--plots", type=Path, metavar="DIR", help="draw one PNG for each op (needs matplotlib)")
+    limit = "stop in time; cells come in order of what they tell, and the record lists the others"
+    add("--time-limit", type=float, metavar="S", help=limit)
+    add("--cells", nargs="+", metavar="TEXT", help="only cells whose name contains one of these")
+    workers = "processes that compile beforehand (default: all cores but four; 0: none)"
+    add("--workers", type=int, metavar="N", help=workers)
+    cache = "keep compiled kernels there for the next run (default: a temporary directory)"
+    add("--cache", type=Path, metavar="DIR", help=cache)
+    shown = "measure nothing: print, and with --plots draw, a record made before"
+    add("--show", type=Path, metavar="FILE", help=shown)
+    dry = "without a GPU: walk through everything at tiny sizes; the times are made up"
+    add("--dry-run", action="store_true", help=dry)
+
+
+@dataclass
+class Run:
+    """A run under way.
+
+    Attributes:
+        args: of the command line.
+        console: where tables and bars go.
+        deadline: in `time.monotonic()` seconds; None for no limit.
+        record: what is known so far.
+        recent: seconds that the last few cells took.
+    """
+
+    args: argparse.Namespace
+    console: Console
+    deadline: float | None
+    record: dict[str, Any] = field(default_factory=dict)
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=8))
+
+    def has_time(self) -> bool:
+        """Whether one more cell like the slowest of the last few ends in time."""
+        return self.remaining() > max(self.recent, default=0.0)
+
+    def remaining(self) -> float:
+        """Seconds until measuring must end."""
+        if self.deadline is None:
+            return float("inf")
+        return self.deadline - CLOSING_SECONDS - time.monotonic()
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures what the command line asks for; returns 1 if a result of ours is wrong."""
+    start = time.monotonic()
+    _check(args)
+    console = Console() if sys.stdout.isatty() else Console(width=150)
+    if args.show:
+        return _show(args, console)
+    cells = _chosen(args)
+    limit = args.time_limit
+    under_way = Run(args, console, None if limit is None else start + limit)
+    place = tempfile.TemporaryDirectory(prefix="normfuse-bench-") if not args.cache else None
+    with place or nullcontext(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the compilers: they would break the progress bar
+        _measure(under_way, cells, args.cache or Path(place.name))  # type: ignore[union-attr]
+    under_way.record["seconds"] = time.monotonic() - start
+    return _close(under_way)
+
+
+def _check(args: argparse.Namespace) -> None:
+    needs_gpu = not args.dry_run and not args.show
+    if needs_gpu and not torch.cuda.is_available():
+        raise UsageError(
+            "bench must have a CUDA device, got none: run it on a machine with a GPU, or pass "
+            "--dry-run to see what it would do"
+        )
+    if args.time_limit is not None and args.time_limit <= 0:
+        raise UsageError(
+            f"--time-limit must be positive, got {args.time_limit:g}: pass seconds, such as 540"
+        )
+    if args.plots and find_spec("matplotlib") is None:
+        raise UsageError(
+            "--plots must have matplotlib, got none: pip install 'normfuse[bench]', or leave it out"
+        )
+
+
+def _chosen(args: argparse.Namespace) -> list[Cell]:
+    cells = grid(args.ops, quick=args.quick)
+    if args.cells:
+        cells = [cell for cell in cells if any(text in cell.name for text in args.cells)]
+    if not cells:
+        raise UsageError(
+            f"--cells must match some cell, got {' '.join(args.cells)}: a name reads like "
+            f"'{grid(args.ops)[0].name}'"
+        )
+    return [_shrunk(cell) for cell in cells] if args.dry_run else cells
+
+
+def _shrunk(cell: Cell) -> Cell:
+    """A cell of a dry run: few rows, and narrow ones where the width is free."""
+    width = cell.width if cell.heads != (1,) else min(cell.width, 64)
+    return Cell(cell.op, min(cell.rows, 4), width, cell.heads, cell.dtype, cell.tier)
+
+
+def _measure(under_way: Run, cells: list[Cell], cache: Path) -> None:
+    from normfuse.cli.bench import record as records
+    from normfuse.cli.bench import timing
+
+    args = under_way.args
+    command = "python -m normfuse bench " + shlex.join(_arguments())
+    under_way.record |= {
+        "dry_run": args.dry_run,
+        "environment": records.environment(command.strip()),
+    }
+    if args.dry_run:
+        present = Attendance((), {}, {"all": "a dry run has no peers"})
+        clock: Any = timing.DryClock()
+    else:
+        present = _prepared(under_way, cells, cache)
+        clock = timing.CudaClock()
+    under_way.record["peers"] = {"versions": present.versions, "absent": present.absent}
+    under_way.record["ceiling_gb_s"] = clock.copy_gb_s()
+    _measure_cells(under_way, cells, present, clock)
+
+
+def _arguments() -> Sequence[str]:
+    """Of the command, as typed."""
+    rest = sys.argv[1:]
+    return rest[1:] if rest[:1] == ["bench"] else rest
+
+
+def _prepared(under_way: Run, cells: list[Cell], cache: Path) -> Attendance:
+    """Compiles beforehand, and says which peers take part."""
+    from normfuse.cli.bench import precompiling
+
+    precompiling.use_cache(cache)
+    workers = under_way.args.workers
+    workers = max(1, (os.cpu_count() or 1) - 4) if workers is None else workers
+    found = attendance()
+    if workers == 0:
+        return found
+    limit = under_way.args.time_limit
+    seconds = PRECOMPILE_SECONDS if limit is None else PRECOMPILE_SHARE * limit
+    with _bar(under_way.console) as bar:
+        task = bar.add_task("compiling", total=len(cells), what="")
+        report = precompiling.precompile(
+            cells, workers, seconds, lambda done: bar.update(task, completed=done)
+        )
+    under_way.record["precompiled"] = report
+    if report["flashinfer"] is not None and "FlashInfer" in found.versions:
+        found = found.without("FlashInfer", report["flashinfer"])
+    return found
+
+
+def _measure_cells(under_way: Run, cells: list[Cell], present: Attendance, clock: Any) -> None:
+    from normfuse.cli.bench import record as records
+    from normfuse.cli.bench.measuring import ContextLost, measure_cell
+
+    record = under_way.record
+    record |= {"cells": [], "not_reached": [], "broken": {}}
+    waiting = list(cells)
+    with _bar(under_way.console) as bar:
+        task = bar.add_task("measuring", total=len(cells), what="")
+        while waiting and under_way.has_time():
+            cell = waiting.pop(0)
+            bar.update(task, what=cell.name)
+            begin = time.monotonic()
+            try:
+                record["cells"].append(measure_cell(cell, present.present, clock))
+            except ContextLost as error:
+                record["cells"].append(error.args[0])
+                record["broken"][cell.name] = "the CUDA context was lost: nothing after it ran"
+                break
+            except Exception as error:  # memory, say: the next cell is smaller
+                record["broken"][cell.name] = f"{type(error).__name__}: {error}"[:500]
+            under_way.recent.append(time.monotonic() - begin)
+            bar.advance(task)
+            if len(record["cells"]) % 10 == 0 and under_way.args.out:
+                records.write({**record, "is_complete": False}, under_way.args.out)
+    record["not_reached"] = [cell.name for cell in waiting]
+    record["compile_caches"] = _cache_counts()
+
+
+def _cache_counts() -> dict[str, int]:
+    """How often Inductor found a graph compiled in this process."""
+    counters = torch._dynamo.utils.counters["inductor"]
+    return {name: count for name, count in counters.items() if name.startswith("fxgraph_cache_")}
+
+
+def _bar(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(
+        *columns, TimeElapsedColumn(), TextColumn("{task.fields[what]}"), console=console
+    )
+
+
+def _close(under_way: Run) -> int:
+    """Summarises, prints and writes; the status of the command."""
+    from normfuse.cli.bench import record as records
+    from normfuse.cli.bench import report, summary
+    from normfuse.cli.bench.contenders import OURS
+
+    record, args = under_way.record, under_way.args
+    record["is_complete"] = not record["not_reached"] and not record["broken"]
+    record["summary"] = summary.summarise(record["cells"], record["ceiling_gb_s"])
+    if args.out:
+        records.write(record, args.out)
+    report.show(record, under_way.console)
+    _draw(record, args, under_way.console)
+    failed = [failure for failure in record["summary"]["failures"] if failure["contender"] == OURS]
+    return 1 if failed or record["broken"] else 0
+
+
+def _show(args: argparse.Namespace, console: Console) -> int:
+    from normfuse.cli.bench import record as records
+    from normfuse.cli.bench import report
+
+    if not args.show.is_file():
+        raise UsageError(f"--show must name a file, got {args.show}: pass what --out has written")
+    record = records.read(args.show)
+    report.show(record, console)
+    _draw(record, args, console)
+    return 0
+
+
+def _draw(record: dict[str, Any], args: argparse.Namespace, console: Console) -> None:
+    if args.plots:
+        from normfuse.cli.bench.plots import draw
+
+        for path in draw(record, args.plots):
+            console.print(f"drawn: {path}")

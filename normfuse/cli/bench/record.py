@@ -1,0 +1,70 @@
+"""The record of a run: one JSON file that says what was measured, on what, and by which command."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import normfuse
+
+Record = dict[str, Any]
+SOURCES = Path(normfuse.__file__).parent
+
+
+def environment(command: str) -> Record:
+    """Versions, device, command, and which sources were measured."""
+    is_cuda = torch.cuda.is_available()
+    return {
+        "command": command,
+        "gpu": torch.cuda.get_device_name() if is_cuda else None,
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "python": platform.python_version(),
+        "normfuse": normfuse.__version__,
+        "git": _git_describe(),
+        "sources": _digest(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_describe() -> str | None:
+    command = ["git", "-C", str(SOURCES), "describe", "--always", "--dirty"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip() or None
+
+
+def _digest() -> str:
+    """Of the ops and kernels: equal digests, equal kernels."""
+    digest = hashlib.sha256()
+    for path in sorted((SOURCES / "ops").rglob("*.py")):
+        digest.update(path.relative_to(SOURCES).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def write(record: Record, path: Path) -> None:
+    """Writes a record so that `read` gives it back."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+
+
+def read(path: Path) -> Record:
+    """The record that `write` wrote."""
+    record: Record = json.loads(path.read_text())
+    return record
