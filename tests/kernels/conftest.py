@@ -21,9 +21,9 @@ def launch(interpreter):
     return call
 
 
-@pytest.fixture
-def narrow_tile():
-    """Rows of 64 elements in four tiles, two rows at a time, read again for every step."""
+@pytest.fixture(params=["", "ahead held"], ids=["read again", "held"])
+def narrow_tile(request):
+    """Rows of 64 elements in four tiles, two rows at a time; held, or read again for every step."""
     from normfuse.ops.kernels.tile import Launch
 
-    return Launch(rows=2, block=16, num_warps=1, reads="")
+    return Launch(rows=2, block=16, num_warps=1, few=request.param)

@@ -6,7 +6,6 @@ import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +119,8 @@ def _record(
 ) -> None:
     x = torch.empty(64, width, dtype=dtype, device="meta")
     weight = torch.empty(width, dtype=dtype, device="meta")
-    held = getattr(KERNELS[stem], "HELD", 1)
-    tile_for = getattr(KERNELS[stem], "tile_for", partial(Launch.for_shape, held=held))
-    tile = tile_for(width, dtype, warp_size=gpu.warp_size)
+    op = stem.removesuffix(", gate first")
+    tile = Launch.for_shape(width, dtype, plan.compute, op=op, warp_size=gpu.warp_size)
     norm, settings = (1e-6, 1.0, plan), {"tile": tile, "wrap": recorder}
     if stem == "rms_norm":
         rms_norm.launch(x, weight, None, *norm, **settings)

@@ -180,7 +180,7 @@ def launch(
         return copied_into((y, total, rstd), values)
     x, stride_x = addressed_by_one_stride(x, order, y)
     residual, stride_residual = addressed_by_one_stride(residual, order, y)
-    tile = tile or Launch.for_shape(x.shape[-1], torch.promote_types(types.total, plan.compute))
+    tile = tile or Launch.for_shape(x.shape[-1], types.total, plan.compute, op="add_rms_norm")
     with device_of(x, wrap):
         wrap(add_rms_norm_kernel)[tile.grid(num_rows(x))](
             x,
@@ -194,7 +194,7 @@ def launch(
             num_rows(x),
             stride_x,
             stride_residual,
-            **tile.constants(x.shape[-1]),
+            **tile.constants(x.shape[-1], num_rows(x)),
             **types.constants(scales),
             **norm_constants(plan, eps, offset),
             num_warps=tile.num_warps,

@@ -65,8 +65,6 @@ if TYPE_CHECKING:
     from normfuse.ops.residual_sum import Scales
     from normfuse.ops.rounding import RoundingPlan
 
-HELD = 2  # rows in registers: one of each branch
-
 
 @triton.jit
 def _branch(
@@ -298,8 +296,8 @@ def launch(
     x_1, stride_x_1 = addressed_by_one_stride(x_1, order, like)
     x_2, stride_x_2 = addressed_by_one_stride(x_2, order, like)
     residual, stride_residual = addressed_by_one_stride(residual, order, like)
-    dtype = torch.promote_types(types.total, plans[0].compute)
-    tile = tile or Launch.for_shape(x_1.shape[-1], dtype, held=HELD)
+    op = "dual_rms_norm_add" if len(norms) == 3 else "dual_rms_norm_add_rms_norm"
+    tile = tile or Launch.for_shape(x_1.shape[-1], types.total, plans[0].compute, op=op)
     has_y = len(norms) == 4
     constants = dict.fromkeys(("EPS_4", "OFFSET_4", "PLAN_4"))
     for index, (eps, offset, plan) in enumerate(norms, 1):
@@ -318,7 +316,7 @@ def launch(
             stride_x_1,
             stride_x_2,
             stride_residual,
-            **tile.constants(x_1.shape[-1]),
+            **tile.constants(x_1.shape[-1], num_rows(x_1)),
             BRANCH=NAMES[branch],
             **types.constants(scales),
             **constants,

@@ -5,6 +5,6 @@
 Backward: that of `rms_norm` for y, added to grad_total, then that of `dual_rms_norm_add`.
 """
 
-from normfuse.ops.kernels.dual_rms_norm_add import HELD, launch
+from normfuse.ops.kernels.dual_rms_norm_add import launch
 
-__all__ = ["HELD", "launch"]
+__all__ = ["launch"]

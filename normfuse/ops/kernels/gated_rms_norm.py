@@ -59,7 +59,7 @@ from normfuse.ops.kernels.rows import (
     num_rows,
     row_order,
 )
-from normfuse.ops.kernels.tile import WARP_SIZE, Launch, device_of, eager
+from normfuse.ops.kernels.tile import Launch, device_of, eager
 
 if TYPE_CHECKING:
     from normfuse.ops.gating import Gating
@@ -164,16 +164,6 @@ def gated_rms_norm_kernel(
     store_inverse_root(rstd_ptr, root, row, num_rows, PLAN)
 
 
-def tile_for(cols: int, dtype: torch.dtype, *, warp_size: int = WARP_SIZE) -> Launch:
-    """The tile for rows of `cols` elements, which hold a gate besides: narrower than others.
-
-    On sm_90, rows of 32768 would spill 24 bytes a thread, and in float64 rows of 8192 96 bytes
-    (tests/kernels/test_cross_compile.py).
-    """
-    widest = 4096 if dtype == torch.float64 else 16384
-    return Launch.for_shape(cols, dtype, warp_size=warp_size, widest=widest)
-
-
 def launch(
     x: torch.Tensor,
     gate: torch.Tensor,
@@ -213,7 +203,8 @@ def launch(
         return copied_into((y, rstd), again(x.contiguous(), gate.contiguous(), weight, *norm))
     rows_of_x, strides_x = addressed(rows_of_x, order, rows_of_y)
     rows_of_gate, strides_gate = addressed(rows_of_gate, order, rows_of_y)
-    tile = tile or tile_for(width, torch.promote_types(gating.product, plan.compute))
+    compute = torch.promote_types(gating.product, plan.compute)
+    tile = tile or Launch.for_shape(width, x.dtype, compute, op="gated_rms_norm")
     with device_of(x, wrap):
         wrap(gated_rms_norm_kernel)[tile.grid(num_rows(rows_of_y))](
             rows_of_x,
@@ -224,7 +215,7 @@ def launch(
             num_rows(rows_of_y),
             *strides_x,
             *strides_gate,
-            **tile.constants(width),
+            **tile.constants(width, num_rows(rows_of_y)),
             VALUE=NAMES[gating.out if gate_first else x.dtype],
             WEIGHTS=1 if weight is None else weight.shape[0] // width,
             GATE_FIRST=int(gate_first),

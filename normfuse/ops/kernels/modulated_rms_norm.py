@@ -166,8 +166,8 @@ def launch(
     strides_shift = RowStrides(1, 1, 0, 0, 0)
     if shift is not None:
         shift, strides_shift = addressed(shift, order, y)
-    dtype = torch.promote_types(torch.promote_types(x.dtype, plan.compute), modulation.sum)
-    tile = tile or Launch.for_shape(x.shape[-1], dtype)
+    compute = torch.promote_types(plan.compute, modulation.sum)
+    tile = tile or Launch.for_shape(x.shape[-1], x.dtype, compute, op="modulated_rms_norm")
     with device_of(x, wrap):
         wrap(modulated_rms_norm_kernel)[tile.grid(num_rows(x))](
             x,
@@ -180,7 +180,7 @@ def launch(
             *strides_x,
             *strides_scale,
             *strides_shift,
-            **tile.constants(x.shape[-1]),
+            **tile.constants(x.shape[-1], num_rows(x)),
             SCALE_OFFSET=float(scale_offset),
             MODULATION=str(modulation),
             **norm_constants(plan, eps, offset),

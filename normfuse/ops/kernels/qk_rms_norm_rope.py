@@ -45,11 +45,10 @@ from normfuse.ops.kernels.rows import is_empty
 from normfuse.ops.kernels.slots import (
     NO_SLOT,
     SLOTS,
+    HeadsLaunch,
     Slot,
     Tables,
     equally_laid_out,
-    num_warps,
-    tile_elements,
 )
 from normfuse.ops.kernels.tile import device_of, eager
 
@@ -239,6 +238,7 @@ def launch(
     rotations: Sequence[Rotation | None],
     *,
     stores: Sequence[bool] | None = None,
+    tile: HeadsLaunch | None = None,
     wrap: Callable[[Any], Any] = eager,
 ) -> list[torch.Tensor | None]:
     """n <= 3 tensors (..., N_i), their weights (N_i,) or None -> their results, and their n rstd.
@@ -254,29 +254,30 @@ def launch(
         rotations: how the norms turn, None where one does not.
         stores: for each of the 2 n results, whether it is wanted; else it is None. Every norm that
             has an rstd wanted is computed.
+        tile: by default the one for these widths and types.
         wrap: how a compiler sees the launch; `torch.library.wrap_triton`.
     """
     num = len(xs)
     assert 1 <= num <= SLOTS, f"one launch takes up to {SLOTS} tensors, got {num}"
     stores = stores or [True] * (2 * num)
     tables = None if cos is None or sin is None else equally_laid_out(cos, sin)
-    elements = tile_elements(xs, rotations)
+    tile = tile or HeadsLaunch.for_slots(xs, rotations, plans)
     slots = [
-        Slot.of(x, weight, tables, tuple(norm), rotation, elements=elements, store_rstd=store)
+        Slot.of(x, weight, tables, tuple(norm), rotation, elements=tile.elements, store_rstd=store)
         for x, weight, *norm, rotation, store in zip(
             xs, weights, eps, offsets, plans, rotations, stores[num:], strict=True
         )
     ]
     filled = [slot for x, slot in zip(xs, slots, strict=True) if not is_empty(x)]
     if filled:
-        _launch(filled, tables, elements, xs[0], wrap)
+        _launch(filled, tables, tile, xs[0], wrap)
     return [slot.finished() for slot in slots] + [slot.rstd for slot in slots]
 
 
 def _launch(
     slots: list[Slot],
     tables: Tables | None,
-    elements: int,
+    tile: HeadsLaunch,
     x: torch.Tensor,
     wrap: Callable[[Any], Any],
 ) -> None:
@@ -285,7 +286,6 @@ def _launch(
     constants: dict[str, Any] = {"COLS": 0 if cos is None else cos.shape[-1]}
     for number, slot in enumerate(padded, start=1):
         constants |= {f"{name}_{number}": value for name, value in slot.constants.items()}
-    is_double = any("f64" in slot.constants["PLAN"] for slot in slots)
     with device_of(x, wrap):
         wrap(qk_rms_norm_rope_kernel)[(sum(slot.num_tiles for slot in slots),)](
             cos,
@@ -293,5 +293,5 @@ def _launch(
             1 if cos is None else cos.stride(-1),
             *(argument for slot in padded for argument in slot.arguments),
             **constants,
-            num_warps=num_warps(elements, is_double),
+            num_warps=tile.num_warps,
         )

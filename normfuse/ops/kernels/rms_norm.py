@@ -123,7 +123,7 @@ def launch(
         values = again(x.contiguous(), weight, eps_tensor, eps, offset, plan)
         return copied_into((y, rstd), values)
     x, strides = addressed(x, order, y)
-    tile = tile or Launch.for_shape(x.shape[-1], torch.promote_types(x.dtype, plan.compute))
+    tile = tile or Launch.for_shape(x.shape[-1], x.dtype, plan.compute, op="rms_norm")
     with device_of(x, wrap):
         wrap(rms_norm_kernel)[tile.grid(num_rows(x))](
             x,
@@ -133,7 +133,7 @@ def launch(
             rstd,
             num_rows(x),
             *strides,
-            **tile.constants(x.shape[-1]),
+            **tile.constants(x.shape[-1], num_rows(x)),
             **norm_constants(plan, eps, offset),
             num_warps=tile.num_warps,
         )

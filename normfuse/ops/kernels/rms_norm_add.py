@@ -132,7 +132,7 @@ def launch(
         return copied_into((total, rstd), again(*dense, weight, scales, eps, offset, plan))
     x, stride_x = addressed_by_one_stride(x, order, total)
     residual, stride_residual = addressed_by_one_stride(residual, order, total)
-    tile = tile or Launch.for_shape(x.shape[-1], torch.promote_types(types.total, plan.compute))
+    tile = tile or Launch.for_shape(x.shape[-1], types.total, plan.compute, op="rms_norm_add")
     with device_of(x, wrap):
         wrap(rms_norm_add_kernel)[tile.grid(num_rows(x))](
             x,
@@ -145,7 +145,7 @@ def launch(
             num_rows(x),
             stride_x,
             stride_residual,
-            **tile.constants(x.shape[-1]),
+            **tile.constants(x.shape[-1], num_rows(x)),
             **types.constants(scales),
             **norm_constants(plan, eps, offset),
             num_warps=tile.num_warps,

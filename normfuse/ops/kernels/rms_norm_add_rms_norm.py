@@ -212,7 +212,8 @@ def launch(
         return copied_into(results, again(*dense, weight_1, weight_2, scales, *norms))
     x, stride_x = addressed_by_one_stride(x, order, y)
     residual, stride_residual = addressed_by_one_stride(residual, order, y)
-    tile = tile or Launch.for_shape(x.shape[-1], torch.promote_types(types.total, plan_1.compute))
+    op = "rms_norm_add_rms_norm"
+    tile = tile or Launch.for_shape(x.shape[-1], types.total, plan_1.compute, op=op)
     with device_of(x, wrap):
         wrap(rms_norm_add_rms_norm_kernel)[tile.grid(num_rows(x))](
             x,
@@ -225,7 +226,7 @@ def launch(
             num_rows(x),
             stride_x,
             stride_residual,
-            **tile.constants(x.shape[-1]),
+            **tile.constants(x.shape[-1], num_rows(x)),
             **types.constants(scales),
             **norm_constants(plan_1, eps_1, offset_1, "_1"),
             **norm_constants(plan_2, eps_2, offset_2, "_2"),

@@ -47,8 +47,6 @@ if TYPE_CHECKING:
 
 SLOTS = (1, 2, 3, 4)  # no kernel argument may be a tuple, so every norm has its numbered ones
 
-HELD = 2  # rows in registers: x, and the result that is made of it
-
 
 @triton.jit
 def _store_norm(
@@ -190,8 +188,7 @@ def launch(
         values = again(x.contiguous(), weights, eps, offsets, scales, plans)
         return list(copied_into((*ys, rstd), values))
     x, strides = addressed(x, order, next(y for y in ys if y is not None))
-    dtype = torch.promote_types(x.dtype, plans[0].compute)
-    tile = tile or Launch.for_shape(x.shape[-1], dtype, held=HELD)
+    tile = tile or Launch.for_shape(x.shape[-1], x.dtype, plans[0].compute, op="rms_norms")
     with device_of(x, wrap):
         wrap(rms_norms_kernel)[tile.grid(num_rows(x))](
             x,
@@ -200,7 +197,7 @@ def launch(
             rstd,
             num_rows(x),
             *strides,
-            **tile.constants(x.shape[-1]),
+            **tile.constants(x.shape[-1], num_rows(x)),
             EPS=float(eps),
             **_numbered("OFFSET", [float(offset) for offset in offsets]),
             **_numbered("SCALE", [None if scale == 1.0 else float(scale) for scale in scales]),

@@ -10,6 +10,7 @@ import torch
 import triton
 
 from normfuse.ops.kernels.constants import NAMES, norm_constants, target, text
+from normfuse.ops.kernels.launches import HEADS
 from normfuse.ops.kernels.rows import addressed_with, as_vector, num_rows, row_order
 from normfuse.ops.kernels.tile import MAX_THREADS, WARP_SIZE
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from normfuse.ops.rounding import RoundingPlan
 
 SLOTS = 3
-ELEMENTS = 2048  # of a program's tile, where its rows are no wider
 
 Tables = tuple[torch.Tensor, torch.Tensor]
 
@@ -113,16 +113,37 @@ NO_SLOT = Slot(
 )
 
 
-def tile_elements(xs: Sequence[torch.Tensor], rotations: Sequence[Rotation | None]) -> int:
-    """How many elements every program of a launch takes: `ELEMENTS`, or the widest row."""
-    pairs = zip(xs, rotations, strict=True)
-    return max(ELEMENTS, *(_widths(x.shape[-1], rotation)["tile"] for x, rotation in pairs))
+@dataclass(frozen=True)
+class HeadsLaunch:
+    """How a program takes the rows of one of its tensors.
 
+    It depends on the widths and the types alone, as `tile.Launch` does.
 
-def num_warps(elements: int, is_double: bool) -> int:
-    """Warps for a program of so many elements."""
-    threads = elements // (8 if is_double else 16)
-    return min(MAX_THREADS, max(WARP_SIZE, threads)) // WARP_SIZE
+    Attributes:
+        elements: of a program's tile: as many rows as make it up.
+        num_warps: warps of a program.
+    """
+
+    elements: int
+    num_warps: int
+
+    @classmethod
+    def for_slots(
+        cls,
+        xs: Sequence[torch.Tensor],
+        rotations: Sequence[Rotation | None],
+        plans: Sequence[RoundingPlan],
+    ) -> HeadsLaunch:
+        """The launch for the widest row."""
+        pairs = zip(xs, rotations, strict=True)
+        width = max(_widths(x.shape[-1], rotation)["tile"] for x, rotation in pairs)
+        is_double = any(plan.compute == torch.float64 for plan in plans)
+        if not is_double and width in HEADS:
+            elements, warps = HEADS[width]
+            return cls(elements, max(1, warps * 32 // WARP_SIZE))
+        elements = max(2048, width)
+        threads = elements // (8 if is_double else 16)
+        return cls(elements, min(MAX_THREADS, max(WARP_SIZE, threads)) // WARP_SIZE)
 
 
 def equally_laid_out(cos: torch.Tensor, sin: torch.Tensor) -> Tables:

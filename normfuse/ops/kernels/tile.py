@@ -10,6 +10,8 @@ import torch
 import triton
 
 from normfuse.ops.kernels.constants import target
+from normfuse.ops.kernels.launches import LAUNCHES, MANY_ROWS, ROWS_HELD, Entry
+from normfuse.ops.kernels.rows import known
 
 # Lanes of a warp: 64 on the CDNA chips of AMD that we compile for.
 WARP_SIZE = 64 if torch.version.hip else 32
@@ -24,51 +26,72 @@ WIDEST_HELD = 32768
 class Launch:
     """How a program takes `rows` rows: in tiles of `block` columns, with `num_warps` warps.
 
-    It depends on the width and the type, never on the number of rows, so that a row's bits do not
-    depend on its batch.
+    These three decide the order in which a row is summed. They depend on the width and the type,
+    never on the number of rows, so that a row's bits do not depend on its batch. How rows are read,
+    in the words of `chunks.py`, changes no bit and may depend on it.
 
     Attributes:
         rows: rows of a program.
         block: columns of a tile, a power of two.
         num_warps: warps of a program.
-        reads: how rows are read, in the words of `chunks.py`.
+        few: how rows are read if there are fewer than `MANY_ROWS`.
+        many: how they are read otherwise.
     """
 
     rows: int
     block: int
     num_warps: int
-    reads: str = "held"
+    few: str = "held"
+    many: str = "held"
 
     @classmethod
     def for_shape(
         cls,
         cols: int,
         dtype: torch.dtype,
+        compute: torch.dtype,
         *,
-        held: int = 1,
+        op: str,
         warp_size: int = WARP_SIZE,
-        widest: int | None = None,
     ) -> Launch:
-        """The tile for rows of `cols` elements held in `dtype`.
+        """The launch of `op` for rows of `cols` elements of `dtype`: measured, or by rule."""
+        compute = torch.promote_types(dtype, compute)
+        if dtype.itemsize == 2 and compute != torch.float64:
+            for entry in LAUNCHES.get(op, ()):
+                if entry.narrowest <= cols <= entry.widest:
+                    return cls.of_entry(entry, cols, warp_size)
+        return cls.by_rule(cols, compute, held=ROWS_HELD.get(op, 1), warp_size=warp_size)
 
-        `held` is how many rows a program has in its registers at once: more threads share them.
-        `widest` is the width up to which rows stay in registers, by default `WIDEST_HELD` or half
-        of it.
-        """
+    @classmethod
+    def of_entry(cls, entry: Entry, cols: int, warp_size: int) -> Launch:
+        """What an entry of the table says, for rows that may be narrower than those measured."""
+        block = min(entry.block, triton.next_power_of_2(cols))
+        warps = max(1, entry.num_warps * 32 // warp_size)
+        return cls(entry.rows, block, warps, entry.few, entry.many)
+
+    @classmethod
+    def by_rule(
+        cls, cols: int, dtype: torch.dtype, *, held: int = 1, warp_size: int = WARP_SIZE
+    ) -> Launch:
+        """16 elements of `held` rows of the type `dtype` for each thread, 8 in float64."""
         is_double = dtype == torch.float64
-        widest = widest or (WIDEST_HELD // 2 if is_double else WIDEST_HELD)
-        reads = ["held"] if cols <= widest // held else []
-        reads.append(target())
+        widest = WIDEST_HELD // 2 if is_double else WIDEST_HELD
         width = triton.next_power_of_2(cols)
         rows = min(64, 2048 // width) if width <= 512 else 1
-        per_thread = (8 if is_double else 16) // held
-        threads = min(MAX_THREADS, max(warp_size, rows * width // per_thread))
+        threads = rows * width // ((8 if is_double else 16) // held)
+        threads = min(MAX_THREADS, max(warp_size, threads))
         block = min(width, max(VECTOR * threads, warp_size) // rows)
-        return cls(rows, block, threads // warp_size, " ".join(reads))
+        reads = "held" if cols <= widest // held else ""
+        return cls(rows, block, threads // warp_size, reads, reads)
 
-    def constants(self, cols: int) -> dict[str, Any]:
-        """The kernel's constants for rows of `cols` elements."""
-        return {"N": cols, "ROWS": self.rows, "BLOCK": self.block, "READS": self.reads}
+    def constants(self, cols: int, num_rows: Any) -> dict[str, Any]:
+        """The kernel's constants for `num_rows` rows of `cols` elements; rows may be symbolic."""
+        reads = self.few
+        if known(num_rows >= MANY_ROWS):
+            reads = self.many
+        elif not known(num_rows < MANY_ROWS):
+            reads = " ".join(word for word in self.few.split() if word != "streamed")
+        return {"N": cols, "ROWS": self.rows, "BLOCK": self.block, "READS": f"{reads} {target()}"}
 
     def grid(self, num_rows: int) -> tuple[int]:
         return ((num_rows + self.rows - 1) // self.rows,)
