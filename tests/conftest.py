@@ -26,3 +26,42 @@ def fresh_compiler():
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def kernels_on_cpu(monkeypatch):
+    """The Triton route without a GPU: a driver that only names a target, enough to make graphs."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.driver import DriverBase
+
+    class NamesATarget(DriverBase):
+        def __init__(self):
+            pass
+
+        @classmethod
+        def is_active(cls):
+            return True
+
+        def get_current_target(self):
+            return GPUTarget("cuda", 90, 32)
+
+        def map_python_to_cpp_type(self, ty):
+            return ty
+
+        def get_active_torch_device(self):
+            return torch.device("cpu")
+
+        def get_benchmarker(self):
+            raise NotImplementedError
+
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device=None):
+            return 0
+
+    from normfuse.passes import lower
+
+    monkeypatch.setattr(lower, "KERNEL_DEVICES", ("cpu",))
+    monkeypatch.setattr(triton.runtime.driver, "_active", NamesATarget(), raising=False)

@@ -29,42 +29,6 @@ triton = pytest.importorskip("triton")
 LLAMA = "f32 unit=f32>bf16 weight=bf16 out=bf16"
 
 
-@pytest.fixture
-def kernels_on_cpu(monkeypatch):
-    """The Triton route without a GPU: a driver that only names a target, enough to make graphs."""
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.driver import DriverBase
-
-    class NamesATarget(DriverBase):
-        def __init__(self):
-            pass
-
-        @classmethod
-        def is_active(cls):
-            return True
-
-        def get_current_target(self):
-            return GPUTarget("cuda", 90, 32)
-
-        def map_python_to_cpp_type(self, ty):
-            return ty
-
-        def get_active_torch_device(self):
-            return torch.device("cpu")
-
-        def get_benchmarker(self):
-            raise NotImplementedError
-
-        def get_current_device(self):
-            return 0
-
-        def get_current_stream(self, device=None):
-            return 0
-
-    monkeypatch.setattr(lower, "KERNEL_DEVICES", ("cpu",))
-    monkeypatch.setattr(triton.runtime.driver, "_active", NamesATarget(), raising=False)
-
-
 def lowered(function, *shapes, lowering="triton"):
     """The graph of a function of bfloat16 tensors, after the last pass."""
     with FakeTensorMode():

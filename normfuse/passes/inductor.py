@@ -17,7 +17,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.functional_tensor import FunctionalTensorMode
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
@@ -200,12 +200,6 @@ def trace(function: Callable[..., Any], inputs: Sequence[Any], *, functional: bo
         )(*inputs)
     traced.graph.eliminate_dead_code()
     return traced
-
-
-def fake_mode_of(node: Node) -> AbstractContextManager[Any]:
-    """The fake mode of the values around a node."""
-    values = [operand.meta.get("val") for operand in node.all_input_nodes]
-    return _mode_of(values) or nullcontext()
 
 
 def _mode_of(values: Sequence[Any]) -> AbstractContextManager[Any] | None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_map
 
 from normfuse.ops import lowering as forms
-from normfuse.passes import inductor
+from normfuse.passes.form import Form, operands_of
 from normfuse.passes.recognise import is_op
 from normfuse.passes.recorder import Place, Recorder
 from normfuse.settings import Settings
@@ -33,7 +32,7 @@ class Lower:
 
     settings: Settings
     recorder: Recorder | None = None
-    _traced: dict[Any, GraphModule] = field(default_factory=dict, compare=False, repr=False)
+    _traced: dict[Any, Form] = field(default_factory=dict, compare=False, repr=False)
 
     def __call__(self, graph: Graph) -> None:
         self._traced.clear()
@@ -51,7 +50,7 @@ class Lower:
     def _choose(self, node: Node) -> tuple[str, str | None]:
         """The form for one op, and why, where that is not what was asked for."""
         wanted = self.settings.lowering
-        device = _operands(node)[0].meta["val"].device
+        device = operands_of(node)[0].meta["val"].device
         if wanted in ("op", "inline"):
             return wanted, None
         if device.type not in KERNEL_DEVICES:
@@ -67,11 +66,10 @@ class Lower:
             any(user.args[1] == index and user.users for user in node.users)
             for index in range(len(node.meta["val"]))
         )
-        tensors = _operands(node)
         key = (node.target, lowering, used, str(tree_map(_signature, node.args)))
         if key not in self._traced:
-            self._traced[key] = _trace(node, lowering, used)
-        results = _copy(self._traced[key], tensors, node)
+            self._traced[key] = _form(node, lowering, used)
+        results = self._traced[key].copy_before(node)
         for user in list(node.users):
             if user.users:
                 replacement = results[cast(int, user.args[1])]
@@ -85,11 +83,6 @@ def _capability(device: torch.device) -> tuple[int, int]:
     if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip:
         return (0, 0)
     return torch.cuda.get_device_capability(device)
-
-
-def _operands(node: Node) -> list[Node]:
-    """The node arguments in order, those inside lists too, each as often as it is passed."""
-    return [argument for argument in tree_flatten(node.args)[0] if isinstance(argument, Node)]
 
 
 def _signature(argument: Any) -> Any:
@@ -106,54 +99,7 @@ def _values(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return values
 
 
-def _trace(node: Node, lowering: str, used: tuple[bool, ...]) -> GraphModule:
-    """The graph of one form; its placeholders are the node arguments of the op, in order."""
-    arguments, structure = tree_flatten(node.args)
-    form: Callable[..., Any] = (
-        forms.kernel_form(node.target, used)
-        if lowering == "triton"
-        else forms.inline_form(node.target)
-    )
-
-    def function(*values: Any) -> Any:
-        remaining = iter(values)
-        filled = [next(remaining) if isinstance(a, Node) else a for a in arguments]
-        return form(*tree_unflatten(filled, structure))
-
-    inputs = [operand.meta["val"] for operand in _operands(node)]
-    return inductor.trace(function, inputs, functional=lowering == "triton")
-
-
-def _copy(traced: GraphModule, inputs: list[Node], node: Node) -> list[Node | None]:
-    """Copy a traced form before `node`; returns its results' nodes, None for those not computed."""
-    environment: dict[Node, Any] = {}
-    remaining = iter(inputs)
-    copied = []
-    for source in traced.graph.nodes:
-        if source.op == "placeholder":
-            environment[source] = next(remaining)
-        elif source.op == "output":
-            results = source.args[0]
-        else:
-            with node.graph.inserting_before(node):
-                copy = node.graph.node_copy(source, lambda inner: environment[inner])
-            _renew_meta(copy, node)
-            environment[source] = copy
-            copied.append(copy)
-    found = [environment[item] if isinstance(item, Node) else None for item in results]
-    for copy in reversed(copied):
-        if not copy.users and copy not in found:
-            node.graph.erase_node(copy)
-    return found
-
-
-def _renew_meta(copy: Node, origin: Node) -> None:
-    """A fresh fake value, so that copies of a form never look like aliases; the origin's place."""
-    for key in ("nn_module_stack", "stack_trace"):
-        if key in origin.meta:
-            copy.meta[key] = origin.meta[key]
-    arguments, keywords = map_arg((copy.args, copy.kwargs), lambda inner: inner.meta["val"])
-    with inductor.fake_mode_of(origin):
-        copy.meta["val"] = copy.target(*arguments, **keywords)  # type: ignore[operator]
-    if isinstance(copy.target, torch._ops.HigherOrderOperator):
-        copy.meta["eager_input_vals"] = (arguments, keywords)
+def _form(node: Node, lowering: str, used: tuple[bool, ...]) -> Form:
+    if lowering == "triton":
+        return Form.of(node, forms.kernel_form(node.target, used), used, functional=True)
+    return Form.of(node, forms.inline_form(node.target), used, functional=False)

@@ -94,23 +94,23 @@ _TABLE: dict[Any, Kind] = {
     **_names(Kind.RMS_NORM, aten.rms_norm.default),
 }
 _SQUARES = {torch.square, "square", aten.square.default}
+_TABLE |= _names(Kind.POW, *_SQUARES)
 
 _BINARY = {Kind.ADD, Kind.SUB, Kind.MUL, Kind.DIV, Kind.POW}
 _UNARY = {Kind.SQRT, Kind.RSQRT, Kind.RECIPROCAL}
 
 
-def micro_op(value: Operand | None) -> MicroOp | None:
-    """The micro-operation of a node; None if the node does something else, or something more."""
+def kind_of(value: Operand | None) -> Kind | None:
+    """The kind of a node by its name alone, which is quick; `micro_op` may still say None."""
     if not isinstance(value, Node) or value.op not in ("call_function", "call_method"):
         return None
-    target = _functional_name(value.target)
-    if target in _SQUARES:
-        return MicroOp(Kind.POW, (_first(value), 2))
-    kind = _TABLE.get(target)
-    if kind is None:
-        return None
-    reader = _READERS[kind]
-    return reader(kind, value)
+    return _TABLE.get(_functional_name(value.target))
+
+
+def micro_op(value: Operand | None) -> MicroOp | None:
+    """The micro-operation of a node; None if the node does something else, or something more."""
+    kind = kind_of(value)
+    return None if kind is None else _READERS[kind](kind, cast(Node, value))
 
 
 def _functional_name(target: Callable[..., Any] | str) -> Callable[..., Any] | str:
@@ -121,13 +121,22 @@ def _functional_name(target: Callable[..., Any] | str) -> Callable[..., Any] | s
 
 
 def _binary(kind: Kind, node: Node) -> MicroOp | None:
+    if _functional_name(node.target) in _SQUARES:
+        return MicroOp(kind, (_first(node), 2))
     operands = _arguments(node, ("self", "input"), ("other", "exponent"))
-    extra = set(node.kwargs) - {"self", "input", "other", "exponent", "alpha"}
-    if operands is None or extra or node.kwargs.get("alpha", 1) != 1 or len(node.args) > 2:
+    is_plain = not node.kwargs or (node.kwargs.keys() <= _BINARY_NAMES and not _has_alpha(node))
+    if operands is None or not is_plain or len(node.args) > 2:
         return None
     if not any(tensor(operand) is not None for operand in operands):
         return None
     return MicroOp(kind, operands)
+
+
+_BINARY_NAMES = {"self", "input", "other", "exponent", "alpha"}
+
+
+def _has_alpha(node: Node) -> bool:
+    return bool(node.kwargs.get("alpha", 1) != 1)
 
 
 def _unary(kind: Kind, node: Node) -> MicroOp | None:

@@ -13,6 +13,7 @@ from normfuse.ops.rotation import Rotation, empty_result
 from normfuse.ops.rounding import FLOATS
 from normfuse.patterns.columns import Table
 from normfuse.patterns.decline import Decline
+from normfuse.patterns.fakes import fake_empty
 from normfuse.patterns.micro_ops import fake_mode, fake_of, same_layout
 from normfuse.patterns.rotary import Rotary, read_rotary
 from normfuse.patterns.rule import (
@@ -66,8 +67,7 @@ def _turn(node: Node, context: Context) -> Node | None:
     for view in heads:
         x = _repeated(view, x, rotary.last, context)
     rstd = fakes_of(context, node)[1]
-    with fake_mode(x):
-        rstd = rstd.new_empty((*fake_of(x).shape[:-1], 1))
+    rstd = fake_empty(rstd, (*fake_of(x).shape[:-1], 1), rstd.dtype)
     weights = [] if weight is None else [weight]
     fused = emit(
         context,

@@ -12,12 +12,14 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from normfuse.ops import L2_NORM, RMS_NORM
 from normfuse.ops.rounding import FLOATS, L2, RoundingPlan
 from normfuse.patterns.decline import Decline
+from normfuse.patterns.fakes import fake_empty, fake_empty_like
 from normfuse.patterns.micro_ops import (
     Kind,
     Operand,
     dtype,
     fake_mode,
     fake_of,
+    kind_of,
     micro_op,
     same_layout,
     tensor,
@@ -50,10 +52,9 @@ class Norm:
 
 def find_site(node: Node) -> Candidate | Node | None:
     """The RMS statistic that `node` is the root of: a candidate, a call of `rms_norm`, or None."""
-    op = micro_op(node)
-    if op is None:
-        return None
-    return node if op.kind is Kind.RMS_NORM else find_statistic(node)
+    if kind_of(node) is Kind.RMS_NORM:
+        return node if micro_op(node) is not None else None
+    return find_statistic(node)
 
 
 def read_norm(site: Candidate | Node) -> Norm:
@@ -185,13 +186,11 @@ def _fake_results(norm: Norm, is_reordered: bool) -> tuple[torch.Tensor, torch.T
     y = _fake_in_the_order_of_x(norm) if norm.views or is_reordered else fake_of(norm.last)
     if norm.rstd is not None:
         return y, fake_of(norm.rstd)
-    with fake_mode(norm.x):
-        return y, x.new_empty((*x.shape[:-1], 1), dtype=norm.plan.compute)
+    return y, fake_empty(x, (*x.shape[:-1], 1), norm.plan.compute)
 
 
 def _fake_in_the_order_of_x(norm: Norm) -> torch.Tensor:
-    with fake_mode(norm.x):
-        return torch.empty_like(fake_of(norm.x), dtype=norm.plan.out)
+    return fake_empty_like(fake_of(norm.x), norm.plan.out)
 
 
 def _is_reordered(norm: Norm) -> bool:

@@ -10,9 +10,9 @@ from torch.fx import Node
 
 from normfuse.ops import RMS_NORM, RMS_NORMS, RoundingPlan
 from normfuse.ops.rms_norms import MAX_NORMS
+from normfuse.patterns.fakes import fake_empty, fake_empty_like
 from normfuse.patterns.micro_ops import (
     Kind,
-    fake_mode,
     fake_of,
     keeps_rows,
     same_sizes,
@@ -120,8 +120,7 @@ def _keeps_layout(view: Node, source: Node) -> bool:
     The result of the op is contiguous, too, so that a view of it lies where eager's result does.
     """
     fake = fake_of(source)
-    with fake_mode(source):
-        dense = fake.new_empty(fake.shape)
+    dense = fake_empty(fake, fake.shape, fake.dtype)
     return keeps_rows(view, source) and same_sizes(fake.stride(), dense.stride())
 
 
@@ -153,9 +152,8 @@ def _shares_statistic(norm: _Norm, first: Node) -> bool:
 
 def _fake_results(x: Node, norms: list[_Norm]) -> list[torch.Tensor]:
     fake, plans = fake_of(x), [RoundingPlan.parse(norm.plan) for norm in norms]
-    with fake_mode(x):
-        ys = [torch.empty_like(fake, dtype=plan.out) for plan in plans]
-        return [*ys, fake.new_empty((*fake.shape[:-1], 1), dtype=plans[0].compute)]
+    ys = [fake_empty_like(fake, plan.out) for plan in plans]
+    return [*ys, fake_empty(fake, (*fake.shape[:-1], 1), plans[0].compute)]
 
 
 RULE = Rule(

@@ -29,6 +29,7 @@ from normfuse.patterns.micro_ops import (
     Operand,
     dtype,
     fake_of,
+    kind_of,
     micro_op,
     same_sizes,
     source_of,
@@ -69,7 +70,7 @@ class Candidate:
 
 def find_statistic(node: Node) -> Candidate | None:
     """The candidate whose (inverse) square root is `node`."""
-    op = micro_op(node)
+    op = micro_op(node) if kind_of(node) in _ROOTS else None
     if op is None or not _is_root(op) or tensor(node) is None:
         return None
     current: Operand = op.operands[0]
@@ -106,6 +107,9 @@ def _reducing_operand(op: MicroOp) -> Operand:
     right_op = micro_op(right)
     is_left_constant = not isinstance(left, Node) or micro_op(left) is None
     return right if is_left_constant and right_op is not None else left
+
+
+_ROOTS = (Kind.RSQRT, Kind.SQRT, Kind.POW)
 
 
 def _is_root(op: MicroOp) -> bool:
