@@ -23,8 +23,9 @@ ROWS_HELD = {
 class Entry(NamedTuple):
     """The launch of rows of `narrowest` to `widest` elements; the fields of `tile.Launch`.
 
-    `few_speedup` and `many_speedup` are what it gained over Inductor's default code at the width
-    that was measured: geometric means over 16, 64 and 512 rows, and over 2048 to 16384.
+    `speedups` is what it gained over Inductor's default code at the width that was measured:
+    geometric means over 16, 64 and 512 rows, and over 4096 and 16384. None stands where only a
+    related op was measured.
     """
 
     narrowest: int
@@ -34,58 +35,96 @@ class Entry(NamedTuple):
     num_warps: int
     few: str
     many: str
-    few_speedup: float
-    many_speedup: float
+    speedups: tuple[float, float] | None
 
 
+_HELD = "held"
 _AHEAD = "ahead held"
-_SMALL = "ahead held streamed"
+_STREAMED = "ahead held streamed"
 
 # fmt: off
+_RMS_NORM = (
+    Entry(33, 64, 32, 64, 4, _AHEAD, _HELD, (1.21, 1.20)),
+    Entry(65, 128, 16, 128, 4, _HELD, _AHEAD, (1.00, 1.01)),
+    Entry(129, 256, 4, 256, 4, _HELD, _HELD, (1.01, 1.00)),
+    Entry(257, 512, 4, 512, 4, _AHEAD, _AHEAD, (0.98, 1.01)),
+    Entry(513, 1024, 1, 256, 1, _AHEAD, _AHEAD, (0.98, 1.04)),
+    Entry(1025, 2048, 1, 1024, 4, _STREAMED, _AHEAD, (1.16, 1.21)),
+    Entry(2049, 3072, 1, 2048, 4, _AHEAD, _AHEAD, (1.15, 1.34)),
+    Entry(3073, 4096, 1, 4096, 8, _STREAMED, _AHEAD, (1.13, 1.13)),
+    Entry(4097, 6144, 1, 2048, 8, _STREAMED, _AHEAD, (1.17, 1.09)),
+    Entry(6145, 8192, 1, 2048, 8, _STREAMED, _AHEAD, (1.23, 0.99)),
+    Entry(8193, 16384, 1, 4096, 8, _STREAMED, _AHEAD, (1.51, 1.00)),
+)
 LAUNCHES: dict[str, tuple[Entry, ...]] = {
-    "rms_norm": (
-        Entry(513, 1024, 1, 256, 1, _AHEAD, _AHEAD, 0.98, 1.04),
-        Entry(1025, 2048, 1, 1024, 4, _SMALL, _AHEAD, 1.16, 1.21),
-        Entry(2049, 3072, 1, 2048, 4, _AHEAD, _AHEAD, 1.15, 1.34),
-        Entry(3073, 4096, 1, 4096, 8, _SMALL, _AHEAD, 1.13, 1.13),
-        Entry(4097, 6144, 1, 2048, 8, _SMALL, _AHEAD, 1.17, 1.09),
-        Entry(6145, 8192, 1, 2048, 8, _SMALL, _AHEAD, 1.23, 0.99),
-        Entry(8193, 16384, 1, 4096, 8, _SMALL, _AHEAD, 1.51, 1.00),
-    ),
+    "rms_norm": _RMS_NORM,
     "add_rms_norm": (
-        Entry(513, 1024, 1, 1024, 4, _SMALL, _AHEAD, 1.00, 1.00),
-        Entry(1025, 2048, 1, 2048, 4, _AHEAD, "held", 1.10, 1.08),
-        Entry(2049, 3072, 1, 2048, 4, _AHEAD, _AHEAD, 1.03, 1.03),
-        Entry(3073, 4096, 1, 4096, 8, _SMALL, "held", 1.02, 1.04),
-        Entry(4097, 6144, 1, 2048, 8, _AHEAD, "held", 1.20, 1.05),
-        Entry(6145, 8192, 1, 2048, 8, _SMALL, _AHEAD, 1.09, 1.03),
-        Entry(8193, 16384, 1, 4096, 16, _AHEAD, _AHEAD, 1.48, 1.00),
+        Entry(513, 1024, 1, 1024, 4, _STREAMED, _AHEAD, (1.00, 1.00)),
+        Entry(1025, 2048, 1, 2048, 4, _AHEAD, _HELD, (1.10, 1.08)),
+        Entry(2049, 3072, 1, 2048, 4, _AHEAD, _AHEAD, (1.03, 1.03)),
+        Entry(3073, 4096, 1, 4096, 8, _STREAMED, _HELD, (1.02, 1.04)),
+        Entry(4097, 6144, 1, 2048, 8, _AHEAD, _HELD, (1.20, 1.05)),
+        Entry(6145, 8192, 1, 2048, 8, _STREAMED, _AHEAD, (1.09, 1.03)),
+        Entry(8193, 16384, 1, 4096, 16, _AHEAD, _AHEAD, (1.48, 1.00)),
+    ),
+    "rms_norm_add": (
+        Entry(513, 1024, 1, 1024, 4, _STREAMED, _AHEAD, (0.88, 1.06)),
+        Entry(1025, 2048, 1, 2048, 4, _STREAMED, _AHEAD, (1.16, 1.09)),
+        Entry(2049, 3072, 1, 1024, 4, _STREAMED, _AHEAD, (1.26, 1.21)),
+        Entry(3073, 4096, 1, 2048, 8, _STREAMED, _AHEAD, (1.19, 1.14)),
+        Entry(4097, 6144, 1, 8192, 8, _STREAMED, _AHEAD, (1.27, 1.12)),
+        Entry(6145, 8192, 1, 8192, 16, _STREAMED, _HELD, (1.22, 1.02)),
+        Entry(8193, 16384, 1, 8192, 16, _STREAMED, _HELD, None),
     ),
     "rms_norm_add_rms_norm": (
-        Entry(513, 1024, 1, 1024, 4, _SMALL, _AHEAD, 1.00, 1.05),
-        Entry(1025, 2048, 1, 2048, 8, _SMALL, _AHEAD, 1.48, 1.60),
-        Entry(2049, 3072, 1, 1024, 4, _SMALL, _AHEAD, 1.27, 1.22),
-        Entry(3073, 4096, 1, 4096, 8, _SMALL, "held", 1.28, 1.08),
-        Entry(4097, 6144, 1, 4096, 8, _SMALL, "held", 1.19, 1.08),
-        Entry(6145, 8192, 1, 8192, 16, _SMALL, "held", 1.24, 1.02),
-        Entry(8193, 16384, 1, 8192, 16, _SMALL, "held", 1.72, 1.01),
+        Entry(513, 1024, 1, 1024, 4, _STREAMED, _AHEAD, (1.00, 1.05)),
+        Entry(1025, 2048, 1, 2048, 8, _STREAMED, _AHEAD, (1.48, 1.60)),
+        Entry(2049, 3072, 1, 1024, 4, _STREAMED, _AHEAD, (1.27, 1.22)),
+        Entry(3073, 4096, 1, 4096, 8, _STREAMED, _HELD, (1.28, 1.08)),
+        Entry(4097, 6144, 1, 4096, 8, _STREAMED, _HELD, (1.19, 1.08)),
+        Entry(6145, 8192, 1, 8192, 16, _STREAMED, _HELD, (1.24, 1.02)),
+        Entry(8193, 16384, 1, 8192, 16, _STREAMED, _HELD, (1.72, 1.01)),
     ),
     "dual_rms_norm_add": (
-        Entry(513, 1024, 1, 1024, 4, _SMALL, _SMALL, 1.01, 0.98),
-        Entry(1025, 2048, 1, 2048, 8, _SMALL, _SMALL, 1.64, 1.59),
-        Entry(2049, 3072, 1, 1024, 4, _SMALL, _AHEAD, 1.46, 1.50),
-        Entry(3073, 4096, 1, 4096, 8, _SMALL, "held", 1.47, 1.49),
-        Entry(4097, 6144, 1, 8192, 8, _AHEAD, "held", 1.64, 1.56),
-        Entry(6145, 8192, 1, 2048, 8, _SMALL, "held", 1.57, 1.55),
-        Entry(8193, 16384, 1, 8192, 16, _SMALL, "held", 2.06, 2.39),
+        Entry(513, 1024, 1, 1024, 4, _STREAMED, _STREAMED, (1.01, 0.98)),
+        Entry(1025, 2048, 1, 2048, 8, _STREAMED, _STREAMED, (1.64, 1.59)),
+        Entry(2049, 3072, 1, 1024, 4, _STREAMED, _AHEAD, (1.46, 1.50)),
+        Entry(3073, 4096, 1, 4096, 8, _STREAMED, _HELD, (1.47, 1.49)),
+        Entry(4097, 6144, 1, 8192, 8, _AHEAD, _HELD, (1.64, 1.56)),
+        Entry(6145, 8192, 1, 2048, 8, _STREAMED, _HELD, (1.57, 1.55)),
+        Entry(8193, 16384, 1, 8192, 16, _STREAMED, _HELD, (2.06, 2.39)),
+    ),
+    "dual_rms_norm_add_rms_norm": (
+        Entry(513, 1024, 1, 1024, 4, _STREAMED, _STREAMED, None),
+        Entry(1025, 2048, 1, 2048, 8, _STREAMED, _STREAMED, None),
+        Entry(2049, 3072, 1, 1024, 4, _STREAMED, _HELD, (2.09, 1.62)),
+        Entry(3073, 4096, 1, 1024, 4, _STREAMED, _AHEAD, (1.84, 1.47)),
+        Entry(4097, 6144, 1, 2048, 8, _STREAMED, _HELD, (2.01, 1.49)),
+        Entry(6145, 8192, 1, 2048, 8, _STREAMED, _HELD, None),
+        Entry(8193, 16384, 1, 8192, 16, _STREAMED, _HELD, None),
+    ),
+    "rms_norms": (
+        Entry(513, 2048, 1, 1024, 4, _STREAMED, _STREAMED, None),
+        Entry(2049, 3072, 1, 1024, 4, _STREAMED, _STREAMED, (1.17, 1.24)),
+        Entry(3073, 4096, 1, 2048, 4, _AHEAD, _AHEAD, (1.16, 1.03)),
+        Entry(4097, 8192, 1, 2048, 8, _AHEAD, _STREAMED, (1.11, 0.94)),
+        Entry(8193, 16384, 1, 4096, 16, _HELD, _HELD, None),
+    ),
+    "gated_rms_norm": (
+        Entry(65, 128, 8, 128, 4, _AHEAD, _AHEAD, (1.22, 1.08)),
+        Entry(129, 256, 8, 256, 8, _AHEAD, _HELD, (1.14, 1.01)),
+        Entry(513, 2048, 1, 2048, 4, _AHEAD, _HELD, None),
+        Entry(2049, 8192, 1, 2048, 8, _AHEAD, _HELD, None),
+        Entry(8193, 16384, 1, 4096, 16, _HELD, _HELD, None),
+    ),
+    "modulated_rms_norm": (
+        Entry(513, 2048, 1, 2048, 4, _AHEAD, _AHEAD, (1.11, 1.14)),
+        Entry(2049, 4096, 1, 2048, 8, _AHEAD, _HELD, (1.05, 1.16)),
+        Entry(4097, 8192, 1, 2048, 8, _AHEAD, _HELD, None),
+        Entry(8193, 16384, 1, 4096, 16, _HELD, _HELD, None),
     ),
 }
 # fmt: on
-LAUNCHES["rms_norm_add"] = LAUNCHES["rms_norm_add_rms_norm"]
-LAUNCHES["dual_rms_norm_add_rms_norm"] = LAUNCHES["dual_rms_norm_add"]
-LAUNCHES["modulated_rms_norm"] = LAUNCHES["add_rms_norm"]
-LAUNCHES["gated_rms_norm"] = LAUNCHES["add_rms_norm"]
-LAUNCHES["rms_norms"] = LAUNCHES["rms_norm"]
 
 # Heads that stand side by side, by the width of their tile: (elements, warps) of a program.
 HEADS = {
