@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from normfuse.ops import lowering as forms
 from normfuse.passes import inductor
+from normfuse.passes.choice import choose
 from normfuse.passes.recognise import is_op
 from normfuse.passes.recorder import Place, Recorder
 from normfuse.settings import Settings
@@ -38,8 +39,9 @@ class Lower:
     def __call__(self, graph: Graph) -> None:
         self._traced.clear()
         counts: dict[str, int] = {}
-        for node in [node for node in graph.nodes if is_op(node)]:
-            lowering, reason = self._choose(node)
+        # Every choice sees the neighbours of its site as they are before anything is spliced in.
+        chosen = [(node, *self._choose(node)) for node in graph.nodes if is_op(node)]
+        for node, lowering, reason in chosen:
             counts[lowering] = counts.get(lowering, 0) + 1
             if self.recorder is not None:
                 self.recorder.lowered(Place.of(node), lowering, reason)
@@ -56,11 +58,10 @@ class Lower:
             return wanted, None
         if device.type not in KERNEL_DEVICES:
             return "inline", f"the activations are on {device.type}, and the kernels are for CUDA"
-        values = _values(node.args)
-        if wanted == "auto" and not forms.kernel_wins(node.target, values, _capability(device)):
-            return "inline", "no measurement says that the kernel beats Inductor's own here"
-        obstacle = forms.obstacle_to_kernel(node.target, values)
-        return ("inline", obstacle) if obstacle else ("triton", None)
+        obstacle = forms.obstacle_to_kernel(node.target, _values(node.args))
+        if obstacle is not None:
+            return "inline", obstacle
+        return choose(node, self.settings, device) if wanted == "auto" else ("triton", None)
 
     def _splice(self, node: Node, lowering: str) -> None:
         used = tuple(
@@ -79,12 +80,6 @@ class Lower:
                 user.replace_all_uses_with(replacement)
             node.graph.erase_node(user)
         node.graph.erase_node(node)
-
-
-def _capability(device: torch.device) -> tuple[int, int]:
-    if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip:
-        return (0, 0)
-    return torch.cuda.get_device_capability(device)
 
 
 def _operands(node: Node) -> list[Node]:
