@@ -18,6 +18,9 @@ from normfuse.passes.recognise import is_op
 from normfuse.passes.region import key_of
 from normfuse.settings import Settings
 from normfuse.tuning import Document, Entry, Measurement, minor
+from tests import blocks
+from tests.blocks import activation
+from tests.test_lowering import generated
 
 pytest.importorskip("triton")
 
@@ -240,6 +243,15 @@ class TestOptions:
         assert before[1] == after[1]
         monkeypatch.setattr(tuning, "_tables", {})  # as in a new process
         assert default.uuid() == after[0]
+
+
+# The other blocks differ in the order of equal operations so far.
+@pytest.mark.parametrize("block", [blocks.GemmaBlock, blocks.Gemma4Block])
+def test_an_empty_table_generates_the_code_of_plain_inductor(block):
+    module, inputs = block().bfloat16(), (activation(4), activation(4))
+    plain = generated(module, *inputs, {})
+    assert len(plain) > 50
+    assert generated(module, *inputs, normfuse.options()) == plain
 
 
 def test_dynamic_rows_are_chosen_by_range_and_guarded_by_nothing(monkeypatch):

@@ -11,6 +11,8 @@ from normfuse.passes import measure
 from normfuse.passes.recognise import is_op
 from normfuse.passes.region import Spec, cut_out, key_of, neighbours_of, rows_of
 from normfuse.tuning import Rows
+from tests import float64
+from tests.float64 import assert_as_close_as_eager
 from tests.graphs import render
 
 LLAMA = "f32 unit=f32>bf16 weight=bf16 out=bf16"
@@ -166,12 +168,14 @@ def test_a_compiled_region_computes_what_the_graph_did(form):
     region = cut_out(only_site(forward, (4, 8), (8, 8), (2, 2, 8), (8,)), "A GPU")
     (inputs,) = measure.input_sets(region.inputs, 1)
     with torch.no_grad():
-        expected = region.module(*inputs)
+        eager = region.module(*inputs)
         with FakeTensorMode():  # as inside a compilation
             ours = measure._apart(lambda: measure.compiled(region, form)(inputs))
-    assert len(ours) == len(expected) == 2
-    for mine, theirs in zip(ours, expected, strict=True):
-        torch.testing.assert_close(mine, theirs)
+        x, residual, weight = inputs
+        total = torch.relu(x.double()).view(2, 2, 8) + residual.double()
+        exact = total, torch.sigmoid(float64.rms_norm(total, weight, 1e-6, 0.0)) * 2
+    for mine, theirs, truth in zip(ours, eager, exact, strict=True):
+        assert_as_close_as_eager(mine, theirs, truth)
 
 
 @pytest.mark.parametrize(
