@@ -70,7 +70,7 @@ def site(rows=64, width=4096, function=norm):
 
 def chosen(node, **options):
     """The form of a site, and the sentence."""
-    return lower.Lower(Settings("auto", **options))._choose(node)
+    return lower.Lower(Settings("auto", **options)).form_of(node)
 
 
 def learn(inline_us, triton_us, *, rows=64, neighbours=(), node=None):

@@ -40,7 +40,7 @@ class Lower:
         self._traced.clear()
         counts: dict[str, int] = {}
         # Every choice sees the neighbours of its site as they are before anything is spliced in.
-        chosen = [(node, *self._choose(node)) for node in graph.nodes if is_op(node)]
+        chosen = [(node, *self.form_of(node)) for node in graph.nodes if is_op(node)]
         for node, lowering, reason in chosen:
             counts[lowering] = counts.get(lowering, 0) + 1
             if self.recorder is not None:
@@ -50,7 +50,7 @@ class Lower:
         if counts:
             log.info("lowered %s", ", ".join(f"{n} as {name}" for name, n in counts.items()))
 
-    def _choose(self, node: Node) -> tuple[str, str | None]:
+    def form_of(self, node: Node) -> tuple[str, str | None]:
         """The form for one op, and why, where that is not what was asked for."""
         wanted = self.settings.lowering
         device = _operands(node)[0].meta["val"].device

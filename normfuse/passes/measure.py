@@ -88,8 +88,9 @@ def _times(region: Region, turn: AbstractContextManager[Any]) -> Times:
     with torch.cuda.device(device), torch.no_grad():
         forms = [compiled(region, form) for form in FORMS]
         with turn:
-            sets = input_sets(region.inputs, _num_sets(region, device))
-            return Times(*cold_times(forms, sets))
+            times = cold_times(forms, input_sets(region.inputs, _num_sets(region, device)))
+            torch.cuda.empty_cache()  # several gigabytes, for large regions
+    return Times(*times)
 
 
 def compiled(region: Region, form: str) -> Form:
@@ -98,7 +99,10 @@ def compiled(region: Region, form: str) -> Form:
     hooks: dict[str, Any] = dict.fromkeys(inductor.HOOKS)
     hooks["post_grad_custom_post_pass"] = inductor.Hook(lower, f"measure {form}")
     patches = {**hooks, "triton.cudagraphs": False}
-    examples = input_sets(region.inputs, 1)[0]
+    examples = [
+        torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device=spec.device)
+        for spec in region.inputs
+    ]
     code = inductor.compile_graph(copy.deepcopy(region.module), examples, patches)
     return lambda inputs: code(*inputs)
 

@@ -70,6 +70,10 @@ class Table:
         place = (bucket(entry.measurement.rows), entry.measurement.neighbours)
         self._found[entry.key][place] = entry.measurement
 
+    def knows(self, key: Key, rows: Rows, neighbours: tuple[str, ...]) -> bool:
+        """Whether a site's own bucket was measured with its own neighbours."""
+        return (bucket(rows.typical), neighbours) in self._found.get(key, {})
+
     def verdict(
         self, key: Key, rows: Rows, neighbours: tuple[str, ...], margin: float
     ) -> Verdict | None:

@@ -1,0 +1,207 @@
+"""`python -m normfuse tune`, with a stopwatch that says what it is told instead of a GPU."""
+
+import pickle
+
+import pytest
+import torch
+
+from normfuse import tuning
+from normfuse.__main__ import main
+from normfuse.cli import real_models, sites, subject, tune, workers
+from normfuse.cli.errors import UsageError
+from normfuse.passes import choice, lower, measure
+from normfuse.tuning import Document, Rows
+
+pytest.importorskip("triton")
+pytest.importorskip("transformers")
+
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+
+
+def small(spec, dtype, layers, rows):
+    """`load_real` on the CPU, and with small widths."""
+    if spec == "broken":
+        raise RuntimeError("does not build")
+    sizes = {**SMALL, **({"head_dim": 32} if spec == "qwen3" else {})}
+    model, inputs = real_models.build(spec, rows, torch.bfloat16, "cpu", layers, **sizes)
+    return subject.Subject(spec, model, (), inputs)
+
+
+@pytest.fixture(autouse=True)
+def a_gpu(monkeypatch, tmp_path):
+    """The CPU in the part of a GPU, on which every kernel is twice as fast as the inline form."""
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("NORMFUSE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(lower, "KERNEL_DEVICES", ("cpu",))
+    monkeypatch.setattr(choice, "device_name", lambda device: "A GPU")
+    monkeypatch.setattr(measure, "_times", lambda region, turn: measure.Times(20.0, 10.0))
+    monkeypatch.setattr(tune, "load_real", small)
+    monkeypatch.setattr(tune, "_check_device", lambda: None)
+
+
+def test_fills_the_users_table_with_every_site_once(capsys):
+    assert main(["tune", "llama", "--rows", "8", "16"]) == 0
+    entries = list(tuning.tables()._users)
+    found = sorted((entry.key.op, entry.measurement.rows) for entry in entries)
+    assert found == [("add_rms_norm", 8), ("add_rms_norm", 16), ("rms_norm", 8), ("rms_norm", 16)]
+    assert {entry.key.device for entry in entries} == {"A GPU"}
+    output = capsys.readouterr().out
+    assert [line.split()[0] for line in output.splitlines() if "2.00x" in line] == [
+        *("│",) * 4  # the rows of the table
+    ]
+    assert "4 measured, kept in " in output
+
+
+def test_what_is_known_is_measured_only_again(capsys):
+    assert main(["tune", "llama", "--rows", "8"]) == 0
+    assert main(["tune", "llama", "--rows", "8"]) == 0
+    assert "0 measured" in capsys.readouterr().out.splitlines()[-1]
+    assert main(["tune", "llama", "--rows", "8", "--again"]) == 0
+    assert "2 measured" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_out_writes_a_table_as_it_is_shipped(tmp_path, capsys):
+    path = tmp_path / "tables" / "a_gpu.json"
+    assert main(["tune", "qwen3", "llama", "--rows", "8", "--out", str(path)]) == 0
+    document = Document.parse(path.read_text())
+    assert document.text() == path.read_text()
+    assert (document.device, document.torch) == ("A GPU", torch.__version__)
+    assert document.command.startswith("python -m normfuse tune")
+    ops = [entry.key.op for entry in document.entries]
+    assert ops == ["add_rms_norm", "qk_rms_norm_rope", "rms_norm"]
+    assert len(tuning.tables()._users) == 0
+    shipped = tuning.Tables(tmp_path / "none", path.parent)
+    (turned,) = (entry for entry in document.entries if entry.key.op == "qk_rms_norm_rope")
+    neighbours = turned.measurement.neighbours
+    assert shipped.table.verdict(turned.key, Rows.exactly(8 * 6), neighbours, 0.03).wins
+
+
+def test_a_model_that_fails_does_not_end_the_others(capsys):
+    assert main(["tune", "broken", "llama", "--rows", "8"]) == 1
+    output = capsys.readouterr()
+    assert "2 measured" in output.out
+    assert "capturing failed: broken at 8 rows: RuntimeError: does not build" in output.err
+
+
+def test_a_site_that_fails_does_not_end_the_others(capsys, monkeypatch):
+    def times(region, turn):
+        if region.key.op == "rms_norm":
+            raise RuntimeError("out of memory")
+        return measure.Times(20.0, 10.0)
+
+    monkeypatch.setattr(measure, "_times", times)
+    assert main(["tune", "llama", "--rows", "8"]) == 1
+    output = capsys.readouterr()
+    assert "1 measured" in output.out
+    assert "measuring failed: rms_norm of (64,) at 8 rows: RuntimeError: out of" in output.err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--rows", "0"], "--rows must be at least 1, got 0"),
+        (["--jobs", "0"], "--jobs must be at least 1, got 0"),
+    ],
+)
+def test_wrong_arguments(argv, message, capsys):
+    assert main(["tune", "llama", *argv]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_without_a_gpu(monkeypatch, capsys):
+    monkeypatch.undo()
+    assert main(["tune", "llama"]) == 2
+    assert "tune must have a CUDA device, got none: run it on the GPU" in capsys.readouterr().err
+
+
+def test_every_model_has_all_its_rows():
+    def rows(*argv):
+        import argparse
+
+        parser = argparse.ArgumentParser()
+        tune.add_parser(parser.add_subparsers())
+        return [job.rows for job in tune._jobs(parser.parse_args(["tune", *argv]))]
+
+    assert rows("llama") == list(tune.ROWS)
+    assert rows("my.py:make") == [None]
+    assert rows("my.py:make", "llama", "--rows", "1", "64") == [1, 64, 1, 64]
+
+
+class TestFactories:
+    @pytest.fixture
+    def path(self, tmp_path):
+        path = tmp_path / "mine.py"
+        path.write_text(
+            "import torch\n"
+            "def sized(rows=3):\n"
+            "    return torch.nn.RMSNorm(8), (torch.ones(rows, 8),)\n"
+            "def fixed():\n"
+            "    return torch.nn.RMSNorm(8), (torch.ones(5, 8),)\n"
+        )
+        return path
+
+    def test_get_the_rows(self, path):
+        for rows, came in [(7, 7), (None, 3)]:
+            (x,) = subject._from_factory(f"{path}:sized", rows).args
+            assert x.shape == (came, 8)
+
+    def test_without_a_parameter_for_them(self, path):
+        (x,) = subject._from_factory(f"{path}:fixed", None).args
+        assert x.shape == (5, 8)
+        with pytest.raises(UsageError, match="must have a parameter `rows`"):
+            subject._from_factory(f"{path}:fixed", 7)
+
+
+class TestRealModels:
+    def test_only_depth_vocabulary_and_experts_shrink(self):
+        sizes = {**SMALL, "moe_intermediate_size": 32, "num_experts": 128}
+        model, inputs = real_models.build("qwen3_moe", 5, device="cpu", **sizes)
+        assert model.config.hidden_size == 64
+        assert model.config.num_hidden_layers == 2
+        assert model.config.vocab_size == real_models.VOCABULARY
+        assert model.config.num_experts == real_models.EXPERTS
+        assert model.config.num_experts_per_tok == 8
+        assert inputs["input_ids"].shape == (1, 5)
+        assert next(model.parameters()).dtype is torch.bfloat16
+
+    def test_one_layer_of_each_kind_stays(self):
+        model, _ = real_models.build("gemma3_text", 5, device="cpu", **SMALL)
+        assert sorted(model.config.layer_types) == ["full_attention", "sliding_attention"]
+
+    def test_an_unknown_model_type(self):
+        with pytest.raises(UsageError, match="must be a model type of transformers, got lama"):
+            real_models.build("lama", 5)
+
+
+def test_regions_go_to_other_processes():
+    (region, _) = sites.regions_of(small("llama", None, None, 8))
+    other = pickle.loads(pickle.dumps(region))
+    assert (other.key, other.rows, other.neighbours, other.inputs) == (
+        *(region.key, region.rows, region.neighbours, region.inputs),
+    )
+    (inputs,) = measure.input_sets(region.inputs, 1)
+    assert torch.equal(other.module(*inputs)[0], region.module(*inputs)[0])
+    assert torch.equal(measure.compiled(other, "op")(inputs)[0], region.module(*inputs)[0])
+
+
+def double(value):
+    if value < 0:
+        raise ValueError(f"{value} is negative")
+    with workers.turn:
+        return 2 * value
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_workers(count):
+    with workers.workers(count) as each:
+        found = {value: result for value, result in each(double, [1, 2, -3])}
+    assert (found[1], found[2]) == (2, 4)
+    assert isinstance(found[-3], ValueError)
+    assert str(found[-3]) == "-3 is negative"
