@@ -6,7 +6,7 @@ import tempfile
 import pytest
 import torch
 
-# No test goes by what was measured on this machine, or writes there; those that write have their own.
+# No test goes by what was measured on this machine; those that write have a directory of their own.
 os.environ["NORMFUSE_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), f"normfuse-{os.getpid()}")
 
 

@@ -43,10 +43,10 @@ def timer(monkeypatch):
 
     class Timer:
         says = (20.0, 10.0)
-        measured = []
+        measured = ()
 
         def __call__(self, region, turn):
-            self.measured = [*self.measured, region.rows]
+            self.measured = (*self.measured, region.rows)
             if isinstance(self.says, Exception):
                 raise self.says
             return measure.Times(*self.says)
@@ -107,7 +107,7 @@ def test_a_slow_kernel_in_a_table_is_never_chosen(timer, tune):
         learn(10.0, 1000.0, rows=rows)
     for rows in (1, 2, 16, 33, 64, 100, 1000):
         assert chosen(site(rows), tune=tune)[0] == "inline"
-    assert timer.measured == []
+    assert timer.measured == ()
 
 
 def test_an_unmeasured_site_stays_inline_and_says_what_to_do():
@@ -154,7 +154,7 @@ class TestCompile:
             lowering, reason = chosen(site(), tune="compile")
             assert lowering == "triton"
             assert reason == "measured on A GPU at 64 rows: kernel 10.0 us, inline 20.0 us (2.00x)"
-        assert timer.measured == [64]
+        assert timer.measured == (64,)
         (kept,) = tuning.store.read(tuning.tables().directory)
         assert (kept.device, kept.torch) == ("A GPU", torch.__version__)
         assert kept.command == "torch.compile with normfuse.tune=compile"
@@ -166,7 +166,7 @@ class TestCompile:
 
     def test_cached_measures_nothing(self, timer):
         assert chosen(site(), tune="cached")[0] == "inline"
-        assert timer.measured == []
+        assert timer.measured == ()
 
     def test_a_failure_is_inline_and_tried_once(self, timer, caplog):
         timer.says = RuntimeError("out of memory")
@@ -175,13 +175,13 @@ class TestCompile:
                 lowering, reason = chosen(site(), tune="compile")
                 assert lowering == "inline"
                 assert reason.startswith("not measured on A GPU")
-        assert timer.measured == [64]
+        assert timer.measured == (64,)
         (record,) = caplog.records
         assert "measuring it failed: out of memory" in record.getMessage()
 
     def test_a_site_without_rows_is_not_measured(self, timer):
         assert chosen(site(rows=0), tune="compile")[0] == "inline"
-        assert timer.measured == []
+        assert timer.measured == ()
 
 
 def test_all_choices_of_a_graph_are_made_before_it_changes(monkeypatch):

@@ -132,7 +132,9 @@ class TestTriton:
         monkeypatch.setattr(choice, "device_name", lambda device: gpu)
         turn = "half 128 in=bf16 out=bf16"
         version = minor(torch.__version__)
-        key = Key("A GPU", version, "qk_rms_norm_rope", (LLAMA, LLAMA, turn, turn), (128,) * 2, "bf16")
+        key = Key(
+            "A GPU", version, "qk_rms_norm_rope", (LLAMA, LLAMA, turn, turn), (128,) * 2, "bf16"
+        )
         measurement = Measurement(2 * (4 + 2) * 5, (), inline_us, 10.0)
         provenance = ("A GPU", torch.__version__, "3.6.0", "0.1", "2026-01-31", "a test")
         tuning.tables().add(Document(*provenance, (Entry(key, measurement),)))

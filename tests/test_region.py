@@ -179,7 +179,8 @@ def test_a_compiled_region_computes_what_the_graph_did(form):
 
 
 @pytest.mark.parametrize(
-    ("shape", "stride"), [((2, 3), (3, 1)), ((2, 3), (8, 1)), ((4, 1, 3), (3, 0, 1)), ((0, 3), (3, 1))]
+    ("shape", "stride"),
+    [((2, 3), (3, 1)), ((2, 3), (8, 1)), ((4, 1, 3), (3, 0, 1)), ((0, 3), (3, 1))],
 )
 def test_inputs_have_the_strides_of_the_graph(shape, stride):
     spec = Spec(shape, stride, torch.bfloat16, torch.device("cpu"))

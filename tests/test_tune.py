@@ -1,5 +1,6 @@
 """`python -m normfuse tune`, with a stopwatch that says what it is told instead of a GPU."""
 
+import math
 import pickle
 
 import pytest
@@ -11,6 +12,7 @@ from normfuse.cli import real_models, sites, subject, tune, workers
 from normfuse.cli.errors import UsageError
 from normfuse.passes import choice, lower, measure
 from normfuse.tuning import Document, Rows
+from tests import blocks
 
 pytest.importorskip("triton")
 pytest.importorskip("transformers")
@@ -24,13 +26,23 @@ SMALL = {
 }
 
 
+class Model(torch.nn.Module):
+    """A first norm, and one behind a sum; of two widths, so that there are two models."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.first, self.second = blocks.LlamaRMSNorm(width), blocks.LlamaRMSNorm(width)
+        self.branch = torch.nn.Linear(width, width, bias=False)
+
+    def forward(self, x):
+        return self.second(x + self.branch(self.first(x)))
+
+
 def small(spec, dtype, layers, rows):
-    """`load_real` on the CPU, and with small widths."""
-    if spec == "broken":
-        raise RuntimeError("does not build")
-    sizes = {**SMALL, **({"head_dim": 32} if spec == "qwen3" else {})}
-    model, inputs = real_models.build(spec, rows, torch.bfloat16, "cpu", layers, **sizes)
-    return subject.Subject(spec, model, (), inputs)
+    """`load_real` on the CPU."""
+    width = {"llama": 64, "qwen3": 32}[spec]
+    x = torch.randn(1, rows, width, dtype=torch.bfloat16)
+    return subject.Subject(spec, Model(width).bfloat16(), (x,), {})
 
 
 @pytest.fixture(autouse=True)
@@ -52,15 +64,13 @@ def test_fills_the_users_table_with_every_site_once(capsys):
     assert found == [("add_rms_norm", 8), ("add_rms_norm", 16), ("rms_norm", 8), ("rms_norm", 16)]
     assert {entry.key.device for entry in entries} == {"A GPU"}
     output = capsys.readouterr().out
-    assert [line.split()[0] for line in output.splitlines() if "2.00x" in line] == [
-        *("│",) * 4  # the rows of the table
-    ]
+    assert len([line for line in output.splitlines() if "2.00x" in line]) == 4
     assert "4 measured, kept in " in output
 
 
 def test_what_is_known_is_measured_only_again(capsys):
-    assert main(["tune", "llama", "--rows", "8"]) == 0
-    assert main(["tune", "llama", "--rows", "8"]) == 0
+    for _ in range(2):
+        assert main(["tune", "llama", "--rows", "8"]) == 0
     assert "0 measured" in capsys.readouterr().out.splitlines()[-1]
     assert main(["tune", "llama", "--rows", "8", "--again"]) == 0
     assert "2 measured" in capsys.readouterr().out.splitlines()[-1]
@@ -73,20 +83,19 @@ def test_out_writes_a_table_as_it_is_shipped(tmp_path, capsys):
     assert document.text() == path.read_text()
     assert (document.device, document.torch) == ("A GPU", torch.__version__)
     assert document.command.startswith("python -m normfuse tune")
-    ops = [entry.key.op for entry in document.entries]
-    assert ops == ["add_rms_norm", "qk_rms_norm_rope", "rms_norm"]
+    found = [(entry.key.op, *entry.key.widths) for entry in document.entries]
+    assert found == [(op, width) for op in ("add_rms_norm", "rms_norm") for width in (32, 64)]
     assert len(tuning.tables()._users) == 0
     shipped = tuning.Tables(tmp_path / "none", path.parent)
-    (turned,) = (entry for entry in document.entries if entry.key.op == "qk_rms_norm_rope")
-    neighbours = turned.measurement.neighbours
-    assert shipped.table.verdict(turned.key, Rows.exactly(8 * 6), neighbours, 0.03).wins
+    for entry in document.entries:
+        assert shipped.table.verdict(entry.key, Rows.exactly(8), (), 0.03).wins
 
 
 def test_a_model_that_fails_does_not_end_the_others(capsys):
-    assert main(["tune", "broken", "llama", "--rows", "8"]) == 1
+    assert main(["tune", "mamba", "llama", "--rows", "8"]) == 1
     output = capsys.readouterr()
     assert "2 measured" in output.out
-    assert "capturing failed: broken at 8 rows: RuntimeError: does not build" in output.err
+    assert "capturing failed: mamba at 8 rows: KeyError: 'mamba'" in output.err
 
 
 def test_a_site_that_fails_does_not_end_the_others(capsys, monkeypatch):
@@ -181,7 +190,7 @@ class TestRealModels:
 
 
 def test_regions_go_to_other_processes():
-    (region, _) = sites.regions_of(small("llama", None, None, 8))
+    region, _ = sites.regions_of(small("llama", None, None, 8))
     other = pickle.loads(pickle.dumps(region))
     assert (other.key, other.rows, other.neighbours, other.inputs) == (
         *(region.key, region.rows, region.neighbours, region.inputs),
@@ -191,17 +200,11 @@ def test_regions_go_to_other_processes():
     assert torch.equal(measure.compiled(other, "op")(inputs)[0], region.module(*inputs)[0])
 
 
-def double(value):
-    if value < 0:
-        raise ValueError(f"{value} is negative")
-    with workers.turn:
-        return 2 * value
-
-
 @pytest.mark.parametrize("count", [1, 2])
-def test_workers(count):
+def test_workers_return_results_and_errors(count):
     with workers.workers(count) as each:
-        found = {value: result for value, result in each(double, [1, 2, -3])}
-    assert (found[1], found[2]) == (2, 4)
-    assert isinstance(found[-3], ValueError)
-    assert str(found[-3]) == "-3 is negative"
+        ((value, error),) = each(math.sqrt, [-1.0])
+        ((_, root),) = each(math.sqrt, [4.0])  # in the process that is already there
+    assert value == -1.0
+    assert isinstance(error, ValueError)
+    assert root == 2.0

@@ -9,8 +9,18 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from normfuse import tuning
-from normfuse.tuning import MARGIN, Document, Entry, Key, Measurement, Rows, Table, Tables, bucket
-from normfuse.tuning import store
+from normfuse.tuning import (
+    MARGIN,
+    Document,
+    Entry,
+    Key,
+    Measurement,
+    Rows,
+    Table,
+    Tables,
+    bucket,
+    store,
+)
 
 KEY = Key("A GPU", "2.11", "rms_norm", ("f32 unit=f32 out=f32",), (4096,), "f32")
 FASTER, TIED, SLOWER = 1.25, 1.02, 0.5

@@ -22,7 +22,7 @@ from normfuse.cli.sites import regions_of, unique
 from normfuse.cli.subject import DTYPES, load_real
 from normfuse.passes import measure
 from normfuse.passes.region import Region
-from normfuse.tuning import MARGIN, Document, Rows, store
+from normfuse.tuning import MARGIN, Document, Entry, Rows, store
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -47,7 +47,8 @@ examples:
   python -m normfuse tune my_model.py:make_with_rows --rows 1 64 4096 --jobs 8
 """
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,9 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
 
 
 def _capture(job: Job) -> list[Region]:
-    return regions_of(load_real(job.model, job.dtype, job.layers, job.rows))
+    regions = regions_of(load_real(job.model, job.dtype, job.layers, job.rows))
+    torch.cuda.empty_cache()  # for the other processes
+    return regions
 
 
 def _measure(task: tuple[Region, str]) -> Document:
@@ -180,14 +183,18 @@ def _keep(documents: list[Document], out: Path | None) -> None:
         for document in documents:
             tuning.tables().add(document)
     elif documents:
-        entries = sorted((entry for document in documents for entry in document.entries), key=repr)
+        entries = sorted(tuning.merged(documents), key=_order)
         store.replace_file(out, replace(documents[0], entries=tuple(entries)).text())
+
+
+def _order(entry: Entry) -> Any:
+    return entry.key, entry.measurement.rows, entry.measurement.neighbours
 
 
 def _print(documents: list[Document], num_known: int, out: Path | None) -> None:
     table = Table("op", "width", "rows", "neighbours", "inline us", "triton us", "", "auto takes")
-    entries = [entry for document in documents for entry in document.entries]
-    for key, found in sorted((entry.key, entry.measurement) for entry in entries):
+    entries = sorted(tuning.merged(documents), key=_order)
+    for key, found in ((entry.key, entry.measurement) for entry in entries):
         table.add_row(
             key.op,
             " ".join(str(width) for width in dict.fromkeys(key.widths)),

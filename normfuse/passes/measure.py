@@ -56,7 +56,7 @@ def measure(
     """
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "a region must be measured outside of a CUDA graph's capture, got one that is going on: "
+            "a region must be measured outside of the capture of CUDA graphs, got one: "
             "call the compiled model once before it is captured"
         )
     times = _apart(lambda: _times(region, turn or nullcontext()))
@@ -147,19 +147,21 @@ def cold_times(forms: Sequence[Form], sets: list[list[torch.Tensor]]) -> list[fl
 def _recorded(form: Form, sets: list[list[torch.Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Any]]:
     """A CUDA graph of one call for each set; its results stay, so that none is written twice."""
     recording = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(recording):
+    # Other threads, such as those that load data, may use the GPU meanwhile.
+    with torch.cuda.graph(recording, capture_error_mode="thread_local"):
         results = [form(inputs) for inputs in sets]
     return recording, results
 
 
 def _replay(recording: torch.cuda.CUDAGraph) -> float:
     """Milliseconds."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    event: Any = torch.cuda.Event
+    start, end = (event(enable_timing=True) for _ in range(2))
     start.record()
     recording.replay()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end)
+    return float(start.elapsed_time(end))
 
 
 def _version(package: str) -> str:

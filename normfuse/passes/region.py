@@ -104,8 +104,9 @@ def cut_out(node: Node, device_name: str) -> Region:
     before, after = _before(node), _after(node)
     results = [user for user in node.users if user.target is operator.getitem and user.users]
     inside = {*before, node, *results, *after}
-    graph, environment = Graph(), {}
-    inputs = []
+    graph = Graph()
+    environment: dict[Node, Node] = {}
+    inputs: list[Spec] = []
     for old in (one for one in node.graph.nodes if one in inside):
         for operand in old.all_input_nodes:
             if operand in environment or not isinstance(_value(operand), torch.Tensor):
@@ -200,7 +201,9 @@ def _after(node: Node) -> list[Node]:
 def _without_trailing_views(after: list[Node]) -> list[Node]:
     """Without the views at the end, which only look at what is already there."""
     kept = dict.fromkeys(after)
-    while trailing := [one for one in kept if _is_view(one) and not any(u in kept for u in one.users)]:
+    while trailing := [
+        one for one in kept if _is_view(one) and not any(u in kept for u in one.users)
+    ]:
         for one in trailing:
             del kept[one]
     return list(kept)
@@ -208,7 +211,8 @@ def _without_trailing_views(after: list[Node]) -> list[Node]:
 
 def _depends_on(node: Node, site: Node) -> bool:
     """Whether a value waits for the site; where the search is long, as if it did."""
-    seen, pending = set(), [node]
+    seen: set[Node] = set()
+    pending = [node]
     while pending:
         one = pending.pop()
         if one is site or len(seen) > _MAX_SEARCH:

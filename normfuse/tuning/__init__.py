@@ -25,6 +25,7 @@ __all__ = [
     "Tables",
     "Verdict",
     "bucket",
+    "merged",
     "minor",
     "tables",
 ]

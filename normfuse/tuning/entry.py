@@ -121,7 +121,9 @@ class Document:
                 "measure it again with `python -m normfuse tune`"
             )
         try:
-            head = {name: str(found[name]) for name in cls.__dataclass_fields__ if name != "entries"}
+            head = {
+                name: str(found[name]) for name in cls.__dataclass_fields__ if name != "entries"
+            }
             keyed = head["device"], minor(head["torch"])
             return cls(**head, entries=tuple(_entry(*keyed, one) for one in found["entries"]))
         except (KeyError, TypeError) as error:

@@ -1,7 +1,7 @@
 """Where tables are: shipped ones in this package, the user's in a cache directory.
 
-The user's table is a directory with one file for each measurement. A file appears at once and whole,
-by a rename, so that processes that measure at the same time need no lock and lose nothing.
+The user's table is a directory with one file for each measurement. A file appears whole, by a
+rename, so that processes that measure at the same time need no lock and lose nothing.
 """
 
 from __future__ import annotations

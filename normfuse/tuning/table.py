@@ -99,9 +99,7 @@ class Table:
         found: dict[int, Measurement] = {}
         for (size, _), one in list(self._found.get(key, {}).items()):
             fits = needed <= Counter(one.neighbours)
-            if fits and (
-                size not in found or len(one.neighbours) < len(found[size].neighbours)
-            ):
+            if fits and (size not in found or len(one.neighbours) < len(found[size].neighbours)):
                 found[size] = one
         return found
 
