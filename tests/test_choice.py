@@ -20,6 +20,7 @@ from normfuse.settings import Settings
 from normfuse.tuning import Document, Entry, Measurement, minor
 from tests import blocks
 from tests.blocks import activation
+from tests.test_cache import HIT, MISS, WITHOUT_CODE, compile_elsewhere
 from tests.test_lowering import generated
 
 pytest.importorskip("triton")
@@ -243,6 +244,14 @@ class TestOptions:
         assert before[1] == after[1]
         monkeypatch.setattr(tuning, "_tables", {})  # as in a new process
         assert default.uuid() == after[0]
+
+
+def test_a_new_measurement_misses_the_caches_of_compiled_graphs(tmp_path):
+    cache = tmp_path / "inductor"
+    cache.mkdir()
+    assert compile_elsewhere(cache, WITHOUT_CODE, WITHOUT_CODE) == [MISS, HIT]
+    learn(20.0, 10.0)
+    assert compile_elsewhere(cache, WITHOUT_CODE) == [MISS]
 
 
 # The other blocks differ in the order of equal operations so far.

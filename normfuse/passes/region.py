@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ def key_of(node: Node, device_name: str) -> Key:
     return Key(
         device_name,
         minor(torch.__version__),
-        str(node.target._schema.name).removeprefix("normfuse::"),  # type: ignore[union-attr]
+        _name(node.target),
         tuple(str(word) for word in words),
         tuple(int(x.shape[-1]) for x in activations),
         SHORT.get(activations[0].dtype, str(activations[0].dtype)),
@@ -224,26 +225,34 @@ def _depends_on(node: Node, site: Node) -> bool:
 
 
 def _is_pointwise(node: Node) -> bool:
-    target = node.target
-    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
-        return False
-    if target._schema.is_mutable or not isinstance(_value(node), torch.Tensor):
-        return False
-    return torch.Tag.pointwise in target.tags or _name(node) in _ALSO_POINTWISE
+    return node.op == "call_function" and _kind(node.target) == "pointwise" and _is_tensor(node)
 
 
 def _is_view(node: Node) -> bool:
-    target = node.target
-    is_op = node.op == "call_function" and isinstance(target, torch._ops.OpOverload)
-    return is_op and target.is_view and isinstance(_value(node), torch.Tensor)  # type: ignore[union-attr]
+    return node.op == "call_function" and _kind(node.target) == "view" and _is_tensor(node)
 
 
-def _name(node: Node) -> str:
-    return str(node.target._schema.name).split("::")[1]  # type: ignore[union-attr]
+def _is_tensor(node: Node) -> bool:
+    return isinstance(_value(node), torch.Tensor)
+
+
+@cache
+def _kind(target: Any) -> str | None:
+    """What an operation is to Inductor's fusion: "pointwise", "view", or a border."""
+    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
+        return None
+    if target.is_view:
+        return "view"
+    fuses = torch.Tag.pointwise in target.tags or _name(target) in _ALSO_POINTWISE
+    return "pointwise" if fuses else None
+
+
+def _name(target: Any) -> str:
+    return str(target._schema.name).split("::")[1]
 
 
 def _names(before: list[Node], after: list[Node]) -> tuple[str, ...]:
     def names(word: str, nodes: list[Node]) -> Iterator[str]:
-        return (f"{word} {_name(node)}" for node in nodes if _is_pointwise(node))
+        return (f"{word} {_name(node.target)}" for node in nodes if _is_pointwise(node))
 
     return tuple(sorted((*names("before", before), *names("after", after))))

@@ -62,12 +62,12 @@ class Tables:
         return hashlib.sha256("\n".join(entries).encode()).hexdigest()
 
 
-_tables: dict[Path, Tables] = {}
+_tables: dict[tuple[str | None, ...], Tables] = {}
 
 
 def tables() -> Tables:
     """The tables of this process, read when they are first asked for."""
-    directory = store.user_directory()
-    if directory not in _tables:
-        _tables[directory] = Tables(directory)
-    return _tables[directory]
+    place = store.variables()
+    if place not in _tables:
+        _tables[place] = Tables(store.user_directory())
+    return _tables[place]

@@ -21,6 +21,11 @@ log = logging.getLogger("normfuse")
 SHIPPED = Path(__file__).parent / "tables"
 
 
+def variables() -> tuple[str | None, ...]:
+    """What the place of the user's table follows from."""
+    return tuple(os.environ.get(name) for name in ("NORMFUSE_CACHE_DIR", "XDG_CACHE_HOME", "HOME"))
+
+
 def user_directory() -> Path:
     """The user's table of this version of our ops: measurements of other kernels are not read.
 

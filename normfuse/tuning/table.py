@@ -95,13 +95,17 @@ class Table:
 
     def _by_bucket(self, key: Key, neighbours: tuple[str, ...]) -> dict[int, Measurement]:
         """What speaks for a site; of several in one bucket, the one with the fewest neighbours."""
-        needed = Counter(neighbours)
         found: dict[int, Measurement] = {}
         for (size, _), one in list(self._found.get(key, {}).items()):
-            fits = needed <= Counter(one.neighbours)
-            if fits and (size not in found or len(one.neighbours) < len(found[size].neighbours)):
+            if _cover(one.neighbours, neighbours) and (
+                size not in found or len(one.neighbours) < len(found[size].neighbours)
+            ):
                 found[size] = one
         return found
+
+
+def _cover(measured: tuple[str, ...], needed: tuple[str, ...]) -> bool:
+    return measured == needed or Counter(needed) <= Counter(measured)
 
 
 def _around(measured: dict[int, Measurement], size: int) -> dict[int, Measurement]:
