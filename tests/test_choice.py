@@ -161,6 +161,31 @@ class TestCompile:
         assert kept.command == "torch.compile with normfuse.tune=compile"
         assert kept.entries[0].measurement == Measurement(64, (), 20.0, 10.0)
 
+    @pytest.mark.parametrize("dynamic", [False, True])
+    def test_compiles_regions_in_the_middle_of_a_compilation(self, monkeypatch, dynamic):
+        """For real, except that the opaque op is what becomes of the kernel on a CPU."""
+        ran = []
+
+        def times(region, turn):
+            (inputs,) = measure.input_sets(region.inputs, 1)
+            with torch.no_grad():
+                ran.extend(measure.compiled(region, form)(inputs) for form in ("inline", "op"))
+            return measure.Times(10.0, 1000.0)
+
+        monkeypatch.setattr(measure, "_times", times)
+        block, inputs = blocks.LlamaBlock(), (activation(4).float(), activation(4).float())
+        options = {"normfuse.tune": "compile", **WITHOUT_CODE}
+        with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+            ours = torch.compile(block, backend="normfuse", options=options, dynamic=dynamic)(
+                *inputs
+            )
+            assert torch.equal(ours, block(*inputs))
+        assert len(ran) == 2
+        for mine, theirs in zip(*ran, strict=True):
+            assert mine.shape == theirs.shape == (4, blocks.WIDTH)
+        (kept,) = tuning.tables()._users
+        assert (kept.key.op, kept.measurement.rows) == ("add_rms_norm", 4)
+
     def test_a_slow_kernel_is_inline(self, timer):
         timer.says = (10.0, 1000.0)
         assert chosen(site(), tune="compile")[0] == "inline"

@@ -111,6 +111,22 @@ def test_a_site_that_fails_does_not_end_the_others(capsys, monkeypatch):
     assert "measuring failed: rms_norm of (64,) at 8 rows: RuntimeError: out of" in output.err
 
 
+@pytest.mark.parametrize("out", [True, False])
+def test_an_interrupted_run_keeps_what_it_has(monkeypatch, tmp_path, out):
+    def times(region, turn):
+        if region.key.op == "add_rms_norm":
+            raise KeyboardInterrupt
+        return measure.Times(20.0, 10.0)
+
+    monkeypatch.setattr(measure, "_times", times)
+    path = tmp_path / "table.json"
+    with pytest.raises(KeyboardInterrupt):
+        main(["tune", "llama", "--rows", "8", *(["--out", str(path)] if out else [])])
+    document = Document.parse(path.read_text()) if out else None
+    (kept,) = document.entries if out else tuning.tables()._users
+    assert kept.key.op == "rms_norm"
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -103,8 +105,7 @@ def run(args: argparse.Namespace) -> int:
         regions = unique(region for found in captured for region in found)
         wanted = [region for region in regions if args.again or args.out or not _is_known(region)]
         tasks = [(region, command) for region in wanted]
-        documents = _all(each, _measure, tasks, bar, "measuring")
-    _keep(documents, args.out)
+        documents = _all(each, _measure, tasks, bar, "measuring", partial(_keep, args.out))
     _print(documents, len(regions) - len(wanted), args.out)
     complete = len(captured) == len(_jobs(args)) and len(documents) == len(tasks)
     return 0 if complete else 1
@@ -135,6 +136,8 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
 
 def _capture(job: Job) -> list[Region]:
     regions = regions_of(load_real(job.model, job.dtype, job.layers, job.rows))
+    gc.collect()
+    gc.freeze()  # recording a CUDA graph collects garbage, which takes long among so many modules
     torch.cuda.empty_cache()  # for the other processes
     return regions
 
@@ -149,8 +152,12 @@ def _all(
     values: Sequence[T],
     bar: Progress,
     what: str,
+    keep: Callable[[list[R]], None] = lambda results: None,
 ) -> list[R]:
-    """The results of a function, with a line on the screen for each value that it failed for."""
+    """The results of a function, with a line on the screen for each value that it failed for.
+
+    `keep` gets all of them after each, so that an interrupted run has what it has measured.
+    """
     task = bar.add_task(what, total=len(values))
     results = []
     for value, result in each(function, values):
@@ -162,6 +169,7 @@ def _all(
             bar.console.print(text, markup=False, style="yellow")
         else:
             results.append(result)
+            keep(results)
     return results
 
 
@@ -177,12 +185,11 @@ def _is_known(region: Region) -> bool:
     return table.knows(region.key, rows, region.neighbours)
 
 
-def _keep(documents: list[Document], out: Path | None) -> None:
-    """Into one file as it is shipped, sorted for its diffs, or into the user's table."""
+def _keep(out: Path | None, documents: list[Document]) -> None:
+    """All into one file as it is shipped, in order; or the last into the user's table."""
     if out is None:
-        for document in documents:
-            tuning.tables().add(document)
-    elif documents:
+        tuning.tables().add(documents[-1])
+    else:
         entries = sorted(tuning.merged(documents), key=_order)
         store.replace_file(out, replace(documents[0], entries=tuple(entries)).text())
 

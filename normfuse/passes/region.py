@@ -17,7 +17,7 @@ from normfuse.ops.rounding import SHORT
 from normfuse.passes import inductor
 from normfuse.tuning import Key, Rows, minor
 
-MAX_NEIGHBOURS = 12  # on each side; further ones hardly change what the norm costs
+MAX_NEIGHBOURS = 16  # on each side: the whole of RoPE behind a q and k that are normed before it
 _MAX_SEARCH = 64  # nodes looked at to tell whether an operand depends on the site
 
 # Inductor fuses these, too, but torch does not tag them as pointwise.
