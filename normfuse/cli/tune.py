@@ -136,6 +136,7 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
 
 def _capture(job: Job) -> list[Region]:
     regions = regions_of(load_real(job.model, job.dtype, job.layers, job.rows))
+    torch._dynamo.reset()  # lets go of the model
     gc.collect()
     gc.freeze()  # recording a CUDA graph collects garbage, which takes long among so many modules
     torch.cuda.empty_cache()  # for the other processes
