@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 from normfuse.passes import inductor, pipeline
 from normfuse.passes.recorder import Recorder
 from normfuse.settings import Settings
+from normfuse.tuning import MARGIN
 
 # The tested range: the lowest version that the tests have run on, and the first that they have not.
 TESTED_TORCH = ((2, 11), (2, 14))
@@ -48,6 +49,8 @@ def options(
     numerics: str = "exact",
     rules: Iterable[str] | None = None,
     skip: Iterable[str] = (),
+    tune: str | None = None,
+    margin: float = MARGIN,
     **inductor_options: Any,
 ) -> dict[str, Any]:
     """Options for `torch.compile(model, options=normfuse.options())`, on `backend="inductor"`.
@@ -58,13 +61,17 @@ def options(
         numerics: "exact" or "fast".
         rules: names of the rules to keep; None keeps all.
         skip: rule names or globs of module paths to leave alone.
+        tune: "off", "cached" or "compile": which measurements "auto" goes by.
+        margin: the share by which the kernel must be faster in a measurement.
         **inductor_options: options of Inductor's, such as `max_autotune=True`; write dots as in
             `**{"triton.cudagraphs": True}`.
 
     Raises:
         ValueError, TypeError: an unknown option or value.
     """
-    settings = Settings.of(lowering=lowering, numerics=numerics, rules=rules, skip=skip)
+    settings = Settings.of(
+        lowering=lowering, numerics=numerics, rules=rules, skip=skip, tune=tune, margin=margin
+    )
     return _patches(settings, mode, inductor_options)
 
 

@@ -50,7 +50,7 @@ class Site:
         module: path of the module, such as "model.layers.0.input_layernorm".
         source: the line of the user's code, "path/to/file.py:123".
         lowering: what the op became: "triton", "inline" or "op"; None if nothing was lowered.
-        lowering_reason: why this and nothing faster.
+        lowering_reason: why this form: the times that were measured, or what stood in the way.
         graph: number of the captured graph, from 0.
     """
 

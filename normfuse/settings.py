@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
+
+from normfuse.tuning import MARGIN
 
 PREFIX = "normfuse."
 LOWERINGS = ("auto", "triton", "inline", "op")
 NUMERICS = ("exact", "fast")
+TUNINGS = ("off", "cached", "compile")
 RULE_NAMES = (
     "rms_norm",
     "l2_norm",
@@ -39,16 +42,25 @@ class Settings:
             result.
         rules: names of the rules to keep; None keeps all.
         skip: rule names, or globs of module paths (`model.layers.0.*`), to leave alone.
+        tune: which measurements "auto" goes by. "off": none. "cached": the shipped ones and the
+            user's. "compile": what they lack is measured while compiling, and kept. None: "compile"
+            under max-autotune, else "cached".
+        margin: the share by which the kernel must be faster, 0.03 for 3 %.
     """
 
     lowering: str = "auto"
     numerics: str = "exact"
     rules: tuple[str, ...] | None = None
     skip: tuple[str, ...] = ()
+    tune: str | None = None
+    margin: float = MARGIN
 
     def __post_init__(self) -> None:
         _check_choice("lowering", self.lowering, LOWERINGS)
         _check_choice("numerics", self.numerics, NUMERICS)
+        if self.tune is not None:
+            _check_choice("tune", self.tune, TUNINGS)
+        _check_margin(self.margin)
         for name in self.rules or ():
             _check_choice("rules", name, RULE_NAMES)
 
@@ -87,6 +99,13 @@ class Settings:
                 values[name] = _names(name, values[name])
         return cls(**values)
 
+    def under(self, inductor_options: Mapping[str, Any]) -> Settings:
+        """The same with `tune` decided: who lets Inductor try kernels lets us try ours."""
+        if self.tune is not None:
+            return self
+        tries = inductor_options.get("max_autotune")
+        return replace(self, tune="compile" if tries else "cached")
+
     def allows(self, rule: str) -> bool:
         """Whether a rule is used at all."""
         return (self.rules is None or rule in self.rules) and rule not in self.skip
@@ -102,6 +121,15 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         valid = ", ".join(choices)
         raise ValueError(
             f"{PREFIX}{name} must be one of {valid}, got {value!r}: choose one of them"
+        )
+
+
+def _check_margin(value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{PREFIX}margin must be a number, got {value!r}: pass for example 0.03")
+    if not 0 <= value < 1:
+        raise ValueError(
+            f"{PREFIX}margin must be at least 0 and below 1, got {value}: pass for example 0.03"
         )
 
 

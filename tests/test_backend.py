@@ -227,7 +227,10 @@ RULES = (
     "rms_norm_add, rms_norms, dual_rms_norm_add_rms_norm, rms_norm_add_rms_norm, qk_rms_norm, "
     "add_rms_norm"
 )
-OPTIONS = "normfuse.lowering, normfuse.numerics, normfuse.rules, normfuse.skip"
+OPTIONS = (
+    "normfuse.lowering, normfuse.numerics, normfuse.rules, normfuse.skip, "
+    "normfuse.tune, normfuse.margin"
+)
 WRONG = [
     (
         {"normfuse.lowring": "op"},

@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import normfuse
+from normfuse import tuning
 from normfuse.explain import explain_with
 from normfuse.ops import (
     ADD_RMS_NORM,
@@ -18,8 +19,9 @@ from normfuse.ops import (
     RMS_NORM,
     RMS_NORMS,
 )
-from normfuse.passes import lower
+from normfuse.passes import choice, lower
 from normfuse.settings import Settings
+from normfuse.tuning import Document, Entry, Key, Measurement, minor
 from tests import blocks
 from tests.blocks import activation
 from tests.graphs import render
@@ -84,15 +86,23 @@ class TestTriton:
         assert not {"x_3_ptr", "rstd_1_ptr"} & set(launch.kwargs["kwargs"])
 
     @pytest.mark.parametrize(
-        ("capability", "width", "launches"), [((9, 0), 128, 1), ((9, 0), 64, 0), ((8, 0), 128, 0)]
+        ("gpu", "inline_us", "launches"),
+        [("A GPU", 12.0, 1), ("A GPU", 10.1, 0), ("A GPU", 0.1, 0), ("Another GPU", 12.0, 0)],
     )
     def test_auto_takes_the_kernel_where_it_was_measured(
-        self, capability, width, launches, monkeypatch
+        self, gpu, inline_us, launches, monkeypatch, tmp_path
     ):
-        monkeypatch.setattr(lower, "_capability", lambda device: capability)
-        shapes = [(*shape[:-1], width) for shape in (*HEADS, (1,), (1,), *TABLES)]
-        shapes[2:4] = [(width,)] * 2
-        graph = lowered(turned_heads, *shapes, lowering="auto")
+        monkeypatch.setenv("NORMFUSE_CACHE_DIR", str(tmp_path))
+        monkeypatch.setattr(choice, "device_name", lambda device: gpu)
+        turn = "half 128 in=bf16 out=bf16"
+        version = minor(torch.__version__)
+        key = Key(
+            "A GPU", version, "qk_rms_norm_rope", (LLAMA, LLAMA, turn, turn), (128,) * 2, "bf16"
+        )
+        measurement = Measurement(2 * (4 + 2) * 5, (), inline_us, 10.0)
+        provenance = ("A GPU", torch.__version__, "3.6.0", "0.1", "2026-01-31", "a test")
+        tuning.tables().add(Document(*provenance, (Entry(key, measurement),)))
+        graph = lowered(turned_heads, *HEADS, (128,), (128,), *TABLES, lowering="auto")
         assert targets(graph).count("triton_kernel_wrapper_functional") == launches
         assert not [target for target in targets(graph) if "normfuse" in target]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from normfuse.cli import tiny_models
+from normfuse.cli import real_models, tiny_models
 from normfuse.cli.errors import UsageError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -49,6 +50,28 @@ class Subject:
         return Subject(self.title, _moved(self.model, dtype, device), tuple(moved), named)
 
 
+def load_real(spec: str, dtype: str | None, layers: int | None, rows: int | None) -> Subject:
+    """The model that `spec` names on the GPU, a model type at its real widths.
+
+    Args:
+        spec: a model type, or path.py:factory.
+        dtype: as for `load`.
+        layers: as for `load`.
+        rows: the tokens of a model type, and what a factory gets that has a parameter `rows`. None:
+            512 tokens, or the inputs as a factory makes them.
+
+    Raises:
+        UsageError: as `load`; or a factory that takes no rows got some.
+    """
+    _check_layers(layers)
+    if ".py:" in spec:
+        _check_no_layers(layers)
+        return _from_factory(spec, rows).to(DTYPES.get(dtype or ""), "cuda")
+    tokens = rows or 512
+    model, inputs = real_models.build(spec, tokens, DTYPES[dtype or "bf16"], "cuda", layers)
+    return Subject(f"{spec}, {tokens} tokens", model, (), inputs)
+
+
 def load(spec: str, dtype: str | None, device: str | None, layers: int | None) -> Subject:
     """The model that `spec` names, as `HELP` describes it.
 
@@ -62,18 +85,26 @@ def load(spec: str, dtype: str | None, device: str | None, layers: int | None) -
     Raises:
         UsageError: there is no such model, file, function or device.
     """
-    if layers is not None and layers < 1:
-        raise UsageError(f"--layers must be at least 1, got {layers}: pass the layers to build")
+    _check_layers(layers)
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda must have a CUDA device, got none: pass --device cpu")
     if ".py:" not in spec:
         default = "cuda" if torch.cuda.is_available() else "cpu"
         return _from_model_type(spec, dtype or "bf16", layers).to(None, device or default)
+    _check_no_layers(layers)
+    return _from_factory(spec).to(DTYPES.get(dtype or ""), device)
+
+
+def _check_layers(layers: int | None) -> None:
+    if layers is not None and layers < 1:
+        raise UsageError(f"--layers must be at least 1, got {layers}: pass the layers to build")
+
+
+def _check_no_layers(layers: int | None) -> None:
     if layers is not None:
         raise UsageError(
             "--layers must come with a model type, got path.py:factory: choose the layers in it"
         )
-    return _from_factory(spec).to(DTYPES.get(dtype or ""), device)
 
 
 def _from_model_type(model_type: str, dtype: str, layers: int | None) -> Subject:
@@ -102,7 +133,7 @@ def _from_model_type(model_type: str, dtype: str, layers: int | None) -> Subject
     return Subject(f"{model_type}, tiny, {depth} layers, {dtype}", model, (), inputs)
 
 
-def _from_factory(spec: str) -> Subject:
+def _from_factory(spec: str, rows: int | None = None) -> Subject:
     path, _, name = spec.rpartition(":")
     if not Path(path).is_file():
         raise UsageError(f"path.py:factory must name a file, got {path}: correct the path")
@@ -114,9 +145,20 @@ def _from_factory(spec: str) -> Subject:
             f"path.py:factory must name a function in {path}, got {name or 'nothing'}: "
             f"it has {', '.join(public) or 'no functions'}"
         )
-    made = factory if isinstance(factory, nn.Module) else factory()
+    made = factory if isinstance(factory, nn.Module) else _made(factory, spec, rows)
     model, args, kwargs = _model_and_inputs(made, getattr(module, "example_inputs", None), spec)
     return Subject(spec, model.eval() if isinstance(model, nn.Module) else model, args, kwargs)
+
+
+def _made(factory: Any, spec: str, rows: int | None) -> Any:
+    if rows is None:
+        return factory()
+    if "rows" not in inspect.signature(factory).parameters:
+        raise UsageError(
+            f"{spec} must have a parameter `rows` where --rows is given, got none: "
+            "add it, or leave out --rows"
+        )
+    return factory(rows=rows)
 
 
 def _import_file(path: Path) -> ModuleType:

@@ -171,8 +171,8 @@ def tiny_config(config_class: type[Any], layers: int | None = None) -> Any:
     values = {
         **_shrunk_sizes(base),
         **_shrunk_latent_attention(base),
-        **_shrunk_layer_lists(base, layers),
-        **_shrunk_tokens(base),
+        **shrunk_layer_lists(base, layers),
+        **shrunk_tokens(base),
         **_shrunk_parts(base, layers),
     }
     aliases = config_class.attribute_map
@@ -226,7 +226,7 @@ def _shrunk_latent_attention(base: Any) -> dict[str, int]:
     return {name: size for name, size in values.items() if _is_size(base, name)}
 
 
-def _shrunk_layer_lists(base: Any, wanted: int | None) -> dict[str, Any]:
+def shrunk_layer_lists(base: Any, wanted: int | None) -> dict[str, Any]:
     """The per-layer lists, cut to the layers that stay, and their number.
 
     A list of the numbers of all layers (Llama 4's `moe_layers`) is none of them.
@@ -245,7 +245,7 @@ def _shrunk_layer_lists(base: Any, wanted: int | None) -> dict[str, Any]:
     return {"num_hidden_layers": len(kept), **lists}
 
 
-def _shrunk_tokens(base: Any) -> dict[str, Any]:
+def shrunk_tokens(base: Any) -> dict[str, Any]:
     """Special tokens inside the vocabulary, and rotary sections that fill half a head."""
     names = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
     tokens = {name: getattr(base, name, None) for name in names}

@@ -100,20 +100,6 @@ def obstacle_to_kernel(op: Any, arguments: tuple[Any, ...]) -> str | None:
     return None if find_spec("triton") else "triton is not installed"
 
 
-_WINS = {
-    # Head dims of Qwen 3 8B and Gemma 3 4B, whose whole models are 1.01 to 1.06 times as fast as
-    # plain torch.compile with the kernel; benchmarks/results/models_h200.json.
-    QK_RMS_NORM_ROPE: {(9, 0): (128, 256)},
-}
-
-
-def kernel_wins(op: Any, arguments: tuple[Any, ...], capability: tuple[int, int]) -> bool:
-    """Whether a measurement on a GPU of this compute capability says that the kernel is faster."""
-    widths = _WINS.get(op, {}).get(capability, ())
-    activations = arguments[0] if isinstance(arguments[0], (list, tuple)) else arguments[:1]
-    return all(x.shape[-1] in widths for x in activations)
-
-
 def _launch_rms_norm(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
     from normfuse.ops.kernels.rms_norm import launch
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch.fx import Graph
 
+from normfuse import tuning
 from normfuse.passes import inductor
 from normfuse.passes.lower import Lower
 from normfuse.passes.recognise import Recognise
@@ -24,15 +25,23 @@ def pipeline(
         options: the user's own Inductor options, whose passes are kept.
         recorder: gets what was done to each site.
     """
+    settings = settings.under(options)
     passes = (
         ("pre_grad_custom_pass", _BeforeAutograd(settings, recorder)),
         ("joint_custom_pre_pass", _AfterAutograd(settings, recorder)),
         ("post_grad_custom_post_pass", _LowerAll(Lower(settings, recorder), recorder)),
     )
+    measured = settings.lowering == "auto" and settings.tune != "off"
+    state = _digest_of_tables if measured else str
     return {
-        hook: inductor.chained(hook, inductor.Hook(function, f"{hook} {settings}"), options)
+        hook: inductor.chained(hook, inductor.Hook(function, f"{hook} {settings}", state), options)
         for hook, function in passes
     }
+
+
+def _digest_of_tables() -> str:
+    """What the choices depend on besides sources and options."""
+    return tuning.tables().digest()
 
 
 @dataclass(frozen=True)

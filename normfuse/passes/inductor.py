@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 import torch._inductor.config as inductor_config
 from torch._functorch._aot_autograd.functional_utils import from_fun, to_fun
 from torch._inductor import custom_graph_pass, list_mode_options
@@ -41,16 +42,23 @@ def source_hash() -> str:
 
 @dataclass(frozen=True)
 class Hook(CustomGraphPass):
-    """A pass of ours with the identity that Inductor's caches ask for."""
+    """A pass of ours with the identity that Inductor's caches ask for.
+
+    Attributes:
+        function: the pass.
+        identity: what it does, its options included.
+        state: what else its result depends on, asked for anew with each graph.
+    """
 
     function: Callable[[Graph], None]
     identity: str
+    state: Callable[[], str] = str
 
     def __call__(self, graph: Graph) -> None:
         self.function(graph)
 
     def uuid(self) -> Any:
-        return ("normfuse", source_hash(), self.identity)
+        return ("normfuse", source_hash(), self.identity, self.state())
 
 
 @dataclass(frozen=True)
@@ -222,3 +230,26 @@ def reset() -> None:
     from torch._inductor.cudagraph_trees import reset_cudagraph_trees
 
     reset_cudagraph_trees()
+
+
+def hint(number: Any) -> Any:
+    """The value that a symbolic number had when it was traced, without a guard on it.
+
+    What is no symbolic number stays as it is; without such a value, as after `nonzero`, it is 1.
+    """
+    if not isinstance(number, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return number
+    value = number.node.hint
+    return 1 if value is None else value
+
+
+def bounds(number: Any) -> tuple[int, int, int]:
+    """The lowest value of a symbolic whole number, its hint, and its highest; no guard on it."""
+    if not isinstance(number, torch.SymInt):
+        return number, number, number
+    known = number.node.shape_env.bound_sympy(number.node.expr)
+    return _finite(known.lower, 0), int(hint(number)), _finite(known.upper, 2**62)
+
+
+def _finite(bound: Any, otherwise: int) -> int:
+    return int(bound) if bound.is_Integer else otherwise

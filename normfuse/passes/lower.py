@@ -12,6 +12,7 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_map
 
 from normfuse.ops import lowering as forms
+from normfuse.passes.choice import choose
 from normfuse.passes.form import Form, operands_of
 from normfuse.passes.recognise import is_op
 from normfuse.passes.recorder import Place, Recorder
@@ -37,8 +38,9 @@ class Lower:
     def __call__(self, graph: Graph) -> None:
         self._traced.clear()
         counts: dict[str, int] = {}
-        for node in [node for node in graph.nodes if is_op(node)]:
-            lowering, reason = self._choose(node)
+        # Every choice sees the neighbours of its site as they are before anything is spliced in.
+        chosen = [(node, *self.form_of(node)) for node in graph.nodes if is_op(node)]
+        for node, lowering, reason in chosen:
             counts[lowering] = counts.get(lowering, 0) + 1
             if self.recorder is not None:
                 self.recorder.lowered(Place.of(node), lowering, reason)
@@ -47,7 +49,7 @@ class Lower:
         if counts:
             log.info("lowered %s", ", ".join(f"{n} as {name}" for name, n in counts.items()))
 
-    def _choose(self, node: Node) -> tuple[str, str | None]:
+    def form_of(self, node: Node) -> tuple[str, str | None]:
         """The form for one op, and why, where that is not what was asked for."""
         wanted = self.settings.lowering
         device = operands_of(node)[0].meta["val"].device
@@ -55,11 +57,10 @@ class Lower:
             return wanted, None
         if device.type not in KERNEL_DEVICES:
             return "inline", f"the activations are on {device.type}, and the kernels are for CUDA"
-        values = _values(node.args)
-        if wanted == "auto" and not forms.kernel_wins(node.target, values, _capability(device)):
-            return "inline", "no measurement says that the kernel beats Inductor's own here"
-        obstacle = forms.obstacle_to_kernel(node.target, values)
-        return ("inline", obstacle) if obstacle else ("triton", None)
+        obstacle = forms.obstacle_to_kernel(node.target, _values(node.args))
+        if obstacle is not None:
+            return "inline", obstacle
+        return choose(node, self.settings, device) if wanted == "auto" else ("triton", None)
 
     def _splice(self, node: Node, lowering: str) -> None:
         used = tuple(
@@ -77,12 +78,6 @@ class Lower:
                 user.replace_all_uses_with(replacement)
             node.graph.erase_node(user)
         node.graph.erase_node(node)
-
-
-def _capability(device: torch.device) -> tuple[int, int]:
-    if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip:
-        return (0, 0)
-    return torch.cuda.get_device_capability(device)
 
 
 def _signature(argument: Any) -> Any:

@@ -1,0 +1,84 @@
+"""`lowering="auto"`: the form of a site, by what was measured, and the numbers in a sentence."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch.fx import Node
+
+from normfuse import tuning
+from normfuse.passes.region import cut_out, key_of, neighbours_of, rows_of
+from normfuse.settings import Settings
+from normfuse.tuning import Key, Measurement, Rows, Verdict
+
+log = logging.getLogger("normfuse")
+
+_COMMAND = "torch.compile with normfuse.tune=compile"
+_failed: set[tuple[Key, int]] = set()
+
+
+def choose(node: Node, settings: Settings, device: torch.device) -> tuple[str, str]:
+    """The form of a site whose kernel could be taken, and why."""
+    if settings.tune == "off":
+        return "inline", "the option normfuse.tune is off, so no measurement is read"
+    key, rows = key_of(node, device_name(device)), rows_of(node)
+    verdict = _verdict(node, key, rows, settings)
+    if verdict is None and settings.tune == "compile" and _measure(node, key, rows):
+        verdict = _verdict(node, key, rows, settings)
+    if verdict is None:
+        return "inline", _unmeasured(key, rows)
+    lowering = "triton" if verdict.wins else "inline"
+    return lowering, _numbers(key, verdict, settings.margin)
+
+
+def device_name(device: torch.device) -> str:
+    """The name that tables know a GPU by, such as "NVIDIA H200"."""
+    return torch.cuda.get_device_name(device)
+
+
+def _verdict(node: Node, key: Key, rows: Rows, settings: Settings) -> Verdict | None:
+    return tuning.tables().table.verdict(key, rows, neighbours_of(node), settings.margin)
+
+
+def _measure(node: Node, key: Key, rows: Rows) -> bool:
+    """Measure a site at its hint and keep what came out; False if that is not possible."""
+    from normfuse.passes import measure  # which lowers the two forms, as the caller does
+
+    failed = (key, tuning.bucket(rows.typical))
+    if failed in _failed or rows.typical == 0:
+        return False
+    try:
+        document = measure.measure(cut_out(node, key.device), _COMMAND)
+    except Exception as error:  # whatever a compiler or a GPU raises must not end the compilation
+        _failed.add(failed)
+        log.warning("%s of %s is inline, measuring it failed: %s", key.op, key.widths, error)
+        return False
+    tuning.tables().add(document)
+    return True
+
+
+def _numbers(key: Key, verdict: Verdict, margin: float) -> str:
+    """Such as "measured on NVIDIA H200: kernel 12.3 us, inline 15.1 us (1.23x)"."""
+    found = verdict.decisive
+    text = (
+        f"measured on {key.device}{_what(found)}: kernel {found.triton_us:.1f} us, "
+        f"inline {found.inline_us:.1f} us ({found.speedup:.2f}x)"
+    )
+    if verdict.asked > 1:
+        text += f", the worst of {verdict.asked} row counts"
+    if not verdict.wins:
+        text += f", below the margin of {100 * margin:g} %"
+    return text
+
+
+def _what(found: Measurement) -> str:
+    return f" in {found.timed}" if found.timed else f" at {found.rows} rows"
+
+
+def _unmeasured(key: Key, rows: Rows) -> str:
+    widths = " and ".join(str(width) for width in dict.fromkeys(key.widths))
+    return (
+        f"not measured on {key.device} with torch {key.torch} for {key.op} of width {widths} at "
+        f"{rows.typical} rows: run `python -m normfuse tune`"
+    )

@@ -1,0 +1,258 @@
+"""A site with its pointwise neighbours, cut out of its graph: what is compiled to measure it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves, tree_map
+
+from normfuse.ops.rounding import SHORT
+from normfuse.passes import inductor
+from normfuse.tuning import Key, Rows, minor
+
+MAX_NEIGHBOURS = 16  # on each side: the whole of RoPE behind a q and k that are normed before it
+_MAX_SEARCH = 64  # nodes looked at to tell whether an operand depends on the site
+
+# Inductor fuses these, too, but torch does not tag them as pointwise.
+_ALSO_POINTWISE = ("cat", "constant_pad_nd", "_to_copy")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A tensor as the graph recorded it, every symbolic number at its hint."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, value: torch.Tensor) -> Spec:
+        shape, stride = (
+            tuple(inductor.hint(number) for number in numbers)
+            for numbers in (value.shape, value.stride())
+        )
+        return cls(shape, stride, value.dtype, value.device)
+
+    @property
+    def span(self) -> int:
+        """Elements of the storage that the tensor reaches."""
+        if 0 in self.shape:
+            return 0
+        steps = zip(self.shape, self.stride, strict=True)
+        return 1 + sum((size - 1) * stride for size, stride in steps)
+
+
+@dataclass(frozen=True)
+class Region:
+    """A site and its neighbours as a graph of their own, which holds the op.
+
+    Attributes:
+        key: what a measurement of it holds for.
+        rows: of all activations together.
+        neighbours: "before mul", "after add", ..., sorted.
+        module: takes the inputs, returns a tuple of what leaves the region.
+        inputs: what it takes.
+    """
+
+    key: Key
+    rows: int
+    neighbours: tuple[str, ...]
+    module: GraphModule
+    inputs: tuple[Spec, ...]
+
+
+def key_of(node: Node, device_name: str) -> Key:
+    """What measurements of a site hold for."""
+    activations = _activations(node)
+    words = (leaf for leaf in tree_leaves(node.args) if isinstance(leaf, (str, bool, int)))
+    return Key(
+        device_name,
+        minor(torch.__version__),
+        _name(node.target),
+        tuple(str(word) for word in words),
+        tuple(int(x.shape[-1]) for x in activations),
+        SHORT.get(activations[0].dtype, str(activations[0].dtype)),
+    )
+
+
+def rows_of(node: Node) -> Rows:
+    """How many rows a site has; a symbolic number is neither evaluated nor guarded."""
+    total: Any = 0
+    for x in _activations(node):
+        rows: Any = 1
+        for size in x.shape[:-1]:
+            rows = rows * size
+        total = total + rows
+    return Rows(*inductor.bounds(total))
+
+
+def neighbours_of(node: Node) -> tuple[str, ...]:
+    """The names of a site's pointwise neighbours, sorted; views cost nothing and have none."""
+    before, after = _before(node), _after(node)
+    return _names(before, after)
+
+
+def cut_out(node: Node, device_name: str) -> Region:
+    """The region of a site, at the hints of its symbolic numbers."""
+    before, after = _before(node), _after(node)
+    results = [user for user in node.users if user.target is operator.getitem and user.users]
+    inside = {*before, node, *results, *after}
+    graph = Graph()
+    environment: dict[Node, Node] = {}
+    inputs: list[Spec] = []
+    for old in (one for one in node.graph.nodes if one in inside):
+        for operand in old.all_input_nodes:
+            if operand in environment or not isinstance(_value(operand), torch.Tensor):
+                continue
+            environment[operand] = graph.placeholder(f"input_{len(inputs)}")
+            inputs.append(Spec.of(_value(operand)))
+        environment[old] = _copy(graph, old, environment)
+    leaving = [
+        old for old in inside if old is not node and any(user not in inside for user in old.users)
+    ]
+    leaving.sort(key=list(environment).index)
+    graph.output(tuple(environment[old] for old in leaving))
+    module = GraphModule(torch.nn.Module(), _placeholders_first(graph))
+    rows = rows_of(node).typical
+    return Region(key_of(node, device_name), rows, _names(before, after), module, tuple(inputs))
+
+
+def _copy(graph: Graph, old: Node, environment: dict[Node, Node]) -> Node:
+    def at_hint(operand: Node) -> Any:
+        return environment.get(operand, inductor.hint(_value(operand)))
+
+    arguments, keywords = map_arg((old.args, old.kwargs), at_hint)
+    arguments, keywords = tree_map(inductor.hint, (list(arguments), keywords))
+    return graph.create_node(old.op, old.target, tuple(arguments), keywords)
+
+
+def _placeholders_first(graph: Graph) -> Graph:
+    """The same graph with its inputs in front, as compilers want it."""
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    for node in [node for node in graph.nodes if node.op == "placeholder"]:
+        first.prepend(node)
+    graph.lint()
+    return graph
+
+
+def _value(node: Node) -> Any:
+    return node.meta.get("val")
+
+
+def _activations(node: Node) -> list[Any]:
+    first = node.args[0]
+    nodes: Any = first if isinstance(first, (list, tuple)) else [first]
+    return [_value(one) for one in nodes]
+
+
+def _before(node: Node) -> list[Node]:
+    """Pointwise producers of values as large as an activation, and the views between them.
+
+    Smaller ones, such as tables of cosines, are made once for many sites.
+    """
+    size = min(inductor.hint(x.numel()) for x in _activations(node))
+    found: dict[Node, None] = {}
+    pending = list(node.all_input_nodes)
+    while pending and sum(map(_is_pointwise, found)) < MAX_NEIGHBOURS:
+        producer = pending.pop(0)
+        if producer in found or not (_is_pointwise(producer) or _is_view(producer)):
+            continue
+        if inductor.hint(_value(producer).numel()) >= size:
+            found[producer] = None
+            pending += producer.all_input_nodes
+    return _without_idle_views(found)
+
+
+def _without_idle_views(found: dict[Node, None]) -> list[Node]:
+    """Without the views of what comes from elsewhere: it is an input with their strides."""
+    kept = dict(found)
+    while idle := [
+        one for one in kept if _is_view(one) and not any(up in kept for up in one.all_input_nodes)
+    ]:
+        for one in idle:
+            del kept[one]
+    return list(kept)
+
+
+def _after(node: Node) -> list[Node]:
+    """Pointwise consumers whose other operands do not wait for the site, and views between them."""
+    inside: dict[Node, None] = {node: None}
+    pending = [user for user in node.users if user.target is operator.getitem]
+    inside |= dict.fromkeys(pending)
+    num_results = len(inside)
+    while pending and sum(map(_is_pointwise, inside)) < MAX_NEIGHBOURS:
+        for user in pending.pop(0).users:
+            if user in inside or not (_is_pointwise(user) or _is_view(user)):
+                continue
+            others = [one for one in user.all_input_nodes if one not in inside]
+            if not any(_depends_on(one, node) for one in others):
+                inside[user] = None
+                pending.append(user)
+    return _without_trailing_views(list(inside)[num_results:])
+
+
+def _without_trailing_views(after: list[Node]) -> list[Node]:
+    """Without the views at the end, which only look at what is already there."""
+    kept = dict.fromkeys(after)
+    while trailing := [
+        one for one in kept if _is_view(one) and not any(u in kept for u in one.users)
+    ]:
+        for one in trailing:
+            del kept[one]
+    return list(kept)
+
+
+def _depends_on(node: Node, site: Node) -> bool:
+    """Whether a value waits for the site; where the search is long, as if it did."""
+    seen: set[Node] = set()
+    pending = [node]
+    while pending:
+        one = pending.pop()
+        if one is site or len(seen) > _MAX_SEARCH:
+            return True
+        if one not in seen and site < one:
+            seen.add(one)
+            pending += one.all_input_nodes
+    return False
+
+
+def _is_pointwise(node: Node) -> bool:
+    return node.op == "call_function" and _kind(node.target) == "pointwise" and _is_tensor(node)
+
+
+def _is_view(node: Node) -> bool:
+    return node.op == "call_function" and _kind(node.target) == "view" and _is_tensor(node)
+
+
+def _is_tensor(node: Node) -> bool:
+    return isinstance(_value(node), torch.Tensor)
+
+
+@cache
+def _kind(target: Any) -> str | None:
+    """What an operation is to Inductor's fusion: "pointwise", "view", or a border."""
+    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
+        return None
+    if target.is_view:
+        return "view"
+    fuses = torch.Tag.pointwise in target.tags or _name(target) in _ALSO_POINTWISE
+    return "pointwise" if fuses else None
+
+
+def _name(target: Any) -> str:
+    return str(target._schema.name).split("::")[1]
+
+
+def _names(before: list[Node], after: list[Node]) -> tuple[str, ...]:
+    def names(word: str, nodes: list[Node]) -> Iterator[str]:
+        return (f"{word} {_name(node.target)}" for node in nodes if _is_pointwise(node))
+
+    return tuple(sorted((*names("before", before), *names("after", after))))

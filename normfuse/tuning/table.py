@@ -1,0 +1,119 @@
+"""Which form a site takes, by what was measured: a lookup in a dictionary, then a few numbers."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from normfuse.tuning.entry import Entry, Key, Measurement
+
+# Two measurements speak for the rows between them if they are at most this factor apart, as are
+# decoding with one sequence and with 16.
+MAX_GAP = 16
+
+
+class Rows(NamedTuple):
+    """How many rows a site has: equal numbers, or the range of a symbolic one and its hint."""
+
+    lowest: int
+    typical: int
+    highest: int
+
+    @classmethod
+    def exactly(cls, rows: int) -> Rows:
+        return cls(rows, rows, rows)
+
+
+def bucket(rows: int) -> int:
+    """The power of two that rows are rounded up to: 1, 2, 4, 8, ..."""
+    return 1 << max(rows - 1, 0).bit_length()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the table says about a site.
+
+    Attributes:
+        wins: whether it takes the kernel.
+        decisive: of the measurements that were asked, the one that is worst for the kernel.
+        asked: how many they were.
+    """
+
+    wins: bool
+    decisive: Measurement
+    asked: int
+
+
+class Table:
+    """All measurements in force.
+
+    A site is answered by the measurements of its key that had at least its neighbours: only the
+    inline form gains from a neighbour, so that with fewer of them the kernel does no worse.
+    """
+
+    def __init__(self, entries: Iterable[Entry] = ()) -> None:
+        self._found: dict[Key, dict[tuple[int, tuple[str, ...]], Measurement]] = defaultdict(dict)
+        for entry in entries:
+            self.add(entry)
+
+    def __iter__(self) -> Iterator[Entry]:
+        for key, measurements in self._found.items():
+            yield from (Entry(key, one) for one in measurements.values())
+
+    def __len__(self) -> int:
+        return sum(len(measurements) for measurements in self._found.values())
+
+    def add(self, entry: Entry) -> None:
+        """A measurement; it replaces one of the same key, bucket and neighbours."""
+        place = (bucket(entry.measurement.rows), entry.measurement.neighbours)
+        self._found[entry.key][place] = entry.measurement
+
+    def knows(self, key: Key, rows: Rows, neighbours: tuple[str, ...]) -> bool:
+        """Whether a site's own bucket was measured with its own neighbours."""
+        return (bucket(rows.typical), neighbours) in self._found.get(key, {})
+
+    def verdict(
+        self, key: Key, rows: Rows, neighbours: tuple[str, ...], margin: float
+    ) -> Verdict | None:
+        """Which form a site takes; None if nothing was measured that could tell.
+
+        Rows between two measured buckets must win in both. A symbolic number of rows must win at
+        its hint, and in every measured bucket of its range: one compiled graph serves all of them,
+        and no guard is put on them.
+        """
+        measured = self._by_bucket(key, neighbours)
+        asked = _around(measured, bucket(rows.typical))
+        if not asked:
+            return None
+        if rows.lowest < rows.highest:
+            low, high = bucket(rows.lowest), bucket(rows.highest)
+            asked |= {size: one for size, one in measured.items() if low <= size <= high}
+        decisive = min(asked.values(), key=lambda one: one.excess(margin))
+        return Verdict(decisive.wins(margin), decisive, len(asked))
+
+    def _by_bucket(self, key: Key, neighbours: tuple[str, ...]) -> dict[int, Measurement]:
+        """What speaks for a site; of several in one bucket, the one with the fewest neighbours."""
+        found: dict[int, Measurement] = {}
+        for (size, _), one in list(self._found.get(key, {}).items()):
+            if _cover(one.neighbours, neighbours) and (
+                size not in found or len(one.neighbours) < len(found[size].neighbours)
+            ):
+                found[size] = one
+        return found
+
+
+def _cover(measured: tuple[str, ...], needed: tuple[str, ...]) -> bool:
+    return measured == needed or Counter(needed) <= Counter(measured)
+
+
+def _around(measured: dict[int, Measurement], size: int) -> dict[int, Measurement]:
+    """The measurement of a bucket, or those of the buckets on either side."""
+    if size in measured:
+        return {size: measured[size]}
+    below = max((one for one in measured if one < size), default=None)
+    above = min((one for one in measured if one > size), default=None)
+    if below is None or above is None or above > MAX_GAP * below:
+        return {}
+    return {below: measured[below], above: measured[above]}
