@@ -1,0 +1,61 @@
+"""The table of launches, and that a row's bits depend on nothing but the row."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from normfuse.ops.residual_sum import Scales
+from tests.kernels.inputs import BF16, F32, F64, gemma, llama, random
+
+pytest.importorskip("triton", reason="tile.py asks triton what it runs on")
+launches = pytest.importorskip("normfuse.ops.kernels.launches")
+tile = pytest.importorskip("normfuse.ops.kernels.tile")
+
+
+@pytest.mark.parametrize("op", launches.LAUNCHES)
+def test_an_entry_can_be_launched_and_no_width_has_two(op):
+    entries = launches.LAUNCHES[op]
+
+    for entry in entries:
+        assert entry.narrowest <= entry.widest
+        assert entry.rows * entry.block >= 32 * entry.num_warps, "every lane has an element"
+        assert entry.block & (entry.block - 1) == 0
+    for narrower, wider in pairwise(entries):
+        assert narrower.widest < wider.narrowest
+
+
+def test_measured_widths_take_the_table_and_other_types_a_rule():
+    measured = tile.Launch.for_shape(5376, BF16, F32, op="rms_norm")
+    ruled = tile.Launch.for_shape(5376, F32, F32, op="rms_norm")
+
+    entry = next(e for e in launches.LAUNCHES["rms_norm"] if e.narrowest <= 5376 <= e.widest)
+    assert (measured.block, measured.num_warps) == (entry.block, entry.num_warps)
+    assert ruled == tile.Launch.by_rule(5376, F32)
+    assert tile.Launch.for_shape(5376, BF16, F64, op="rms_norm") == tile.Launch.by_rule(5376, F64)
+
+
+@pytest.mark.parametrize("op", [*launches.LAUNCHES, "an op without measurements"])
+@pytest.mark.parametrize("width", [48, 128, 1024, 2816, 5376, 16384, 65536])
+def test_the_order_of_a_sum_does_not_depend_on_the_number_of_rows(op, width):
+    launch = tile.Launch.for_shape(width, BF16, F32, op=op)
+
+    few, many = launch.constants(width, 1), launch.constants(width, 1_000_000)
+
+    assert {**few, "READS": None} == {**many, "READS": None}
+    assert ("held" in few["READS"]) == ("held" in many["READS"])
+
+
+@pytest.mark.parametrize("width", [64, 769, 2816])
+def test_a_row_has_the_same_bits_alone_and_among_others(launch, width):
+    x, residual, weight = random(9, width), random(9, width), random(width)
+    norms = 1e-6, 1.0, gemma(BF16), 1e-6, 1.0, llama(BF16)
+
+    def sandwich(rows):
+        operands = x[rows], residual[rows], weight, weight, Scales(), *norms
+        return launch("rms_norm_add_rms_norm", *operands)
+
+    together = sandwich(slice(None))
+    for row in (0, 4, 8):
+        for alone, among in zip(sandwich(slice(row, row + 1)), together, strict=True):
+            assert torch.equal(alone[0], among[row])
