@@ -16,6 +16,8 @@ from torch._inductor import custom_graph_pass, list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.virtualized import V
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -145,7 +147,8 @@ def interpret_graph(
 
     def inner_compile(inner: GraphModule, inputs: Sequence[Any], **keywords: Any) -> Any:
         is_inference = not (keywords.get("is_backward") or _is_training_forward(keywords))
-        _recursive_post_grad_passes(inner, is_inference=is_inference)
+        with V.set_fake_mode(_mode_of(inputs) or FakeTensorMode(allow_non_fake_inputs=True)):
+            _recursive_post_grad_passes(inner, is_inference=is_inference)
         if finished is not None and not keywords.get("is_backward"):
             finished(inner)
         return _boxed(inner)
