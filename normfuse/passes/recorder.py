@@ -59,11 +59,14 @@ class Recorder:
     after: list[str] = field(default_factory=list)
     _pending: list[Site] = field(default_factory=list)
     _fused: dict[Place, list[int]] = field(default_factory=lambda: defaultdict(list))
+    _is_lowered: bool = False
 
     def start(self, text: str) -> None:
-        """A new graph arrives from Dynamo."""
+        """A new graph arrives from Dynamo: a whole one, or one that the next whole one calls."""
         self._settle()
-        self._fused.clear()
+        if self._is_lowered:
+            self._fused.clear()
+            self._is_lowered = False
         self.before.append(text)
 
     def reconsider(self) -> None:
@@ -73,6 +76,7 @@ class Recorder:
     def finish(self, text: str) -> None:
         """A graph is ready for code generation."""
         self._settle()
+        self._is_lowered = True
         self.after.append(text)
 
     def fused(self, place: Place, op: str) -> None:
