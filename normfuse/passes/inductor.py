@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,16 +28,19 @@ HOOKS = ("pre_grad_custom_pass", "joint_custom_pre_pass", "post_grad_custom_post
 _InferenceAware: Any = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", None)
 
 
-@lru_cache(maxsize=1)
-def source_hash() -> str:
-    """A digest of every source file of the package: what Inductor's caches must know about us."""
-    root = Path(__file__).parent.parent
+def digest_of_sources(root: Path) -> str:
+    """A digest of the code and tables below a directory, wherever that directory is."""
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*")):
         if path.suffix in (".py", ".json"):
             digest.update(str(path.relative_to(root)).encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+# What Inductor's caches must know about us. Taken now, with the import: code that is edited before
+# the first compilation is not the code that runs.
+SOURCES = digest_of_sources(Path(__file__).parent.parent)
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Hook(CustomGraphPass):
         self.function(graph)
 
     def uuid(self) -> Any:
-        return ("normfuse", source_hash(), self.identity)
+        return ("normfuse", SOURCES, self.identity)
 
 
 @dataclass(frozen=True)
