@@ -56,8 +56,10 @@ class _BeforeAutograd:
     def __call__(self, graph: Graph) -> None:
         if self.recorder is not None:
             self.recorder.start(graph.python_code("self").src.strip())
+        inductor.keep_artifact("before", graph)
         _erase_assertions(graph)
         Recognise("example_value", self.settings, self.recorder)(graph)
+        inductor.keep_artifact("recognised_before_autograd", graph)
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class _AfterAutograd:
             self.recorder.reconsider()
         _erase_assertions(graph)
         Recognise("val", self.settings, self.recorder)(graph)
+        inductor.keep_artifact("recognised_after_autograd", graph)
 
 
 @dataclass(frozen=True)
@@ -85,5 +88,6 @@ class _LowerAll:
 
     def __call__(self, graph: Graph) -> None:
         self.lower(graph)
+        inductor.keep_artifact("after", graph)
         if self.recorder is not None:
             self.recorder.finish(graph.python_code("self").src.strip())

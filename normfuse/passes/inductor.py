@@ -16,6 +16,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.virtualized import V
+from torch._logging import trace_structured
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.fx import Graph, GraphModule, Node
@@ -225,6 +226,15 @@ def is_training(graph: Graph) -> bool:
     """Whether a graph after autograd holds a backward too."""
     return any(
         node.op == "placeholder" and str(node.target).startswith("tangents") for node in graph.nodes
+    )
+
+
+def keep_artifact(name: str, graph: Graph) -> None:
+    """Write a graph into the log of `TORCH_TRACE`, which tlparse shows; free where there is none."""
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": f"normfuse_{name}", "encoding": "string"},
+        payload_fn=lambda: graph.python_code("self").src.strip(),
     )
 
 
