@@ -16,7 +16,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.virtualized import V
-from torch._logging import trace_structured
+from torch._logging._internal import trace_structured
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.fx import Graph, GraphModule, Node
@@ -230,7 +230,7 @@ def is_training(graph: Graph) -> bool:
 
 
 def keep_artifact(name: str, graph: Graph) -> None:
-    """Write a graph into the log of `TORCH_TRACE`, which tlparse shows; free where there is none."""
+    """Write a graph into the log of `TORCH_TRACE`, which tlparse shows, if there is one."""
     trace_structured(
         "artifact",
         metadata_fn=lambda: {"name": f"normfuse_{name}", "encoding": "string"},
