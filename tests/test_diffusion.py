@@ -12,7 +12,7 @@ WIDTH = 16
 
 
 class RMSNorm(nn.Module):
-    """`RMSNorm` of diffusers 0.35: only the root is float32, the product is promoted to it."""
+    """`RMSNorm` of diffusers 0.42.1: only the root is float32, the product is promoted to it."""
 
     def __init__(self, eps=1e-5):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The compile settings of the tools around a model: generate, Trainer, accelerate, Lightning."""
+"""The compile settings of tools: generate, Trainer, accelerate, Lightning, diffusers."""
 
 import copy
 
@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import normfuse
+from normfuse.explain import explain_with
+from normfuse.testing import capture
 from tests.float64 import assert_as_close_as_eager
 
 transformers = pytest.importorskip("transformers")
@@ -193,3 +195,40 @@ def test_lightning_fits_a_compiled_module(tmp_path):
     assert ["rms_norm", "add_rms_norm", "add_rms_norm"] in SEEN
     for name, weight in ours.items():
         assert_as_close_as_eager(weight, eager[name], exact[name])
+
+
+@pytest.mark.guarantee
+@pytest.mark.filterwarnings("ignore")  # diffusers' imports
+@torch.no_grad()
+def test_a_transformer_of_diffusers_is_rewritten_and_has_the_bits_of_eager():
+    diffusers = pytest.importorskip("diffusers")
+    model = diffusers.Lumina2Transformer2DModel(
+        sample_size=4,
+        in_channels=4,
+        hidden_size=24,
+        num_layers=1,
+        num_refiner_layers=1,
+        num_attention_heads=3,
+        num_kv_heads=1,
+        multiple_of=2,
+        axes_dim_rope=[4, 2, 2],
+        axes_lens=[128, 128, 128],
+        cap_feat_dim=8,
+    )
+    model = model.eval().bfloat16()
+    inputs = {
+        "hidden_states": torch.randn(2, 4, 4, 4).bfloat16(),
+        "timestep": torch.rand(2).bfloat16(),
+        "encoder_hidden_states": torch.randn(2, 5, 8).bfloat16(),
+        "encoder_attention_mask": torch.ones(2, 5, dtype=torch.bool),
+        "return_dict": False,
+    }
+
+    report = explain_with(model, (), inputs, options={"normfuse.lowering": "op"})
+
+    assert report.coverage == 1
+    ops = {site.module: site.op for site in report.sites}
+    assert ops["layers.0.norm1.norm"] == "modulated_rms_norm"
+    assert ops["layers.0.attn.norm_q"] == "qk_rms_norm_rope"
+    rewritten = capture(model, lowering="op")(**inputs)
+    assert torch.equal(rewritten[0], model(**inputs)[0])

@@ -30,6 +30,7 @@ def _module_path(stack: Any) -> str:
     if not stack:
         return ""
     path = str(next(reversed(stack.values()))[0])
+    path = path.replace("__dict__['_modules']", "_modules")  # of a class with a `__getattr__`
     path = re.sub(r"_modules\['([^']+)'\]", r"\1", path)
     path = re.sub(r"L\['(\w+)'\]", r"\1", path).replace("['", ".").replace("']", "")
     path = re.sub(r"\[(\w+)\]", r".\1", path)
