@@ -23,7 +23,7 @@ def package_block(directory, device, **options):
     block, seen = GemmaBlock().to(device, torch.bfloat16), []
 
     def note_ops(graph):
-        seen.extend(n.target._opname for n in graph.nodes if "normfuse" in str(n.target))
+        seen[:] = [n.target._opname for n in graph.nodes if "normfuse" in str(n.target)]
 
     rows = torch.export.Dim("rows", min=2, max=64)
     with torch.no_grad():

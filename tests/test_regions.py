@@ -66,8 +66,11 @@ def test_a_graph_break_ends_a_chain_and_nothing_else():
 
 
 @pytest.mark.guarantee
-@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize("lowering", ["op", "inline"])
+@pytest.mark.parametrize(
+    ("lowering", "grad"),
+    [("op", False), ("op", True), ("inline", False)],
+    ids=["op", "op in training", "inline"],
+)
 def test_a_nested_region_is_rewritten_and_compiled_once(lowering, grad):
     model, (x, residual) = Stack(call_as_a_region).bfloat16(), inputs()
     x.requires_grad_(grad)
