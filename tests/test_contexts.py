@@ -69,6 +69,20 @@ def test_a_checkpointed_block_is_rewritten_and_has_eagers_gradients():
     assert [site.fused for site in report.sites] == [True, True, True]
 
 
+def test_inductor_may_rewrite_the_backward_of_a_captured_graph():
+    norm = blocks.LlamaRMSNorm()
+    x, weight = inputs()[0], torch.randn(2, blocks.WIDTH, blocks.WIDTH, requires_grad=True)
+
+    def forward(x):  # the gradient of `unit` is a sum of two products, which becomes one addmm
+        unit = norm(x)
+        return unit @ weight[0] + unit @ weight[1]
+
+    def gradient(function):
+        return torch.autograd.grad(function(x).sum(), weight)[0]
+
+    assert torch.equal(gradient(capture(forward, lowering="op")), gradient(forward))
+
+
 def test_a_branch_of_torch_cond():
     norm = blocks.LlamaRMSNorm()
     x, _ = inputs()

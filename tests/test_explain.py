@@ -200,3 +200,23 @@ def test_a_second_model_with_another_number_is_counted_once():
         subject = load(model_type, "bf16", "cpu", 1)
         counts[model_type] = explain_with(subject.model, subject.args, subject.kwargs).num_sites
     assert counts == {"llama": 3, "gemma3_text": 7}
+
+
+class WithGetattr(torch.nn.Module):
+    """As the models of diffusers do, it looks attributes up in a way of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.Sequential(torch.nn.RMSNorm(8))])
+
+    def __getattr__(self, name):
+        return super().__getattr__(name)
+
+    def forward(self, x):
+        return self.layers[0](x)
+
+
+def test_the_path_of_a_module_below_one_that_looks_its_attributes_up_itself():
+    report = normfuse.explain(WithGetattr(), torch.randn(2, 8))
+
+    assert [site.module for site in report.sites] == ["layers.0.0"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.fx import Graph
 
 from normfuse import tuning
@@ -44,6 +45,16 @@ def _digest_of_tables() -> str:
     return tuning.tables().digest()
 
 
+def _erase_assertions(graph: Graph) -> None:
+    """What torch.export notes at each cast reads a value, and would end every chain there.
+
+    Inductor erases it too, only later: types and devices are those that were traced.
+    """
+    assertion = torch.ops.aten._assert_tensor_metadata.default
+    for node in graph.find_nodes(op="call_function", target=assertion):
+        graph.erase_node(node)
+
+
 @dataclass(frozen=True)
 class _BeforeAutograd:
     """Recognise on Dynamo's graph, where a training graph still shows its true roundings."""
@@ -54,7 +65,10 @@ class _BeforeAutograd:
     def __call__(self, graph: Graph) -> None:
         if self.recorder is not None:
             self.recorder.start(graph.python_code("self").src.strip())
+        inductor.keep_artifact("before", graph)
+        _erase_assertions(graph)
         Recognise("example_value", self.settings, self.recorder)(graph)
+        inductor.keep_artifact("recognised_before_autograd", graph)
 
 
 @dataclass(frozen=True)
@@ -69,7 +83,9 @@ class _AfterAutograd:
             return
         if self.recorder is not None:
             self.recorder.reconsider()
+        _erase_assertions(graph)
         Recognise("val", self.settings, self.recorder)(graph)
+        inductor.keep_artifact("recognised_after_autograd", graph)
 
 
 @dataclass(frozen=True)
@@ -81,5 +97,6 @@ class _LowerAll:
 
     def __call__(self, graph: Graph) -> None:
         self.lower(graph)
+        inductor.keep_artifact("after", graph)
         if self.recorder is not None:
             self.recorder.finish(graph.python_code("self").src.strip())

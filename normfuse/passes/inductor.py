@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +16,9 @@ from torch._inductor import custom_graph_pass, list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.virtualized import V
+from torch._logging._internal import trace_structured
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -28,16 +30,19 @@ HOOKS = ("pre_grad_custom_pass", "joint_custom_pre_pass", "post_grad_custom_post
 _InferenceAware: Any = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", None)
 
 
-@lru_cache(maxsize=1)
-def source_hash() -> str:
-    """A digest of every source file of the package: what Inductor's caches must know about us."""
-    root = Path(__file__).parent.parent
+def digest_of_sources(root: Path) -> str:
+    """A digest of the code and tables below a directory, wherever that directory is."""
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*")):
         if path.suffix in (".py", ".json"):
             digest.update(str(path.relative_to(root)).encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+# What Inductor's caches must know about us. Taken now, with the import: code that is edited before
+# the first compilation is not the code that runs.
+SOURCES = digest_of_sources(Path(__file__).parent.parent)
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class Hook(CustomGraphPass):
         self.function(graph)
 
     def uuid(self) -> Any:
-        return ("normfuse", source_hash(), self.identity, self.state())
+        return ("normfuse", SOURCES, self.identity, self.state())
 
 
 @dataclass(frozen=True)
@@ -153,7 +158,8 @@ def interpret_graph(
 
     def inner_compile(inner: GraphModule, inputs: Sequence[Any], **keywords: Any) -> Any:
         is_inference = not (keywords.get("is_backward") or _is_training_forward(keywords))
-        _recursive_post_grad_passes(inner, is_inference=is_inference)
+        with V.set_fake_mode(_mode_of(inputs) or FakeTensorMode(allow_non_fake_inputs=True)):
+            _recursive_post_grad_passes(inner, is_inference=is_inference)
         if finished is not None and not keywords.get("is_backward"):
             finished(inner)
         return _boxed(inner)
@@ -222,6 +228,15 @@ def is_training(graph: Graph) -> bool:
     """Whether a graph after autograd holds a backward too."""
     return any(
         node.op == "placeholder" and str(node.target).startswith("tangents") for node in graph.nodes
+    )
+
+
+def keep_artifact(name: str, graph: Graph) -> None:
+    """Write a graph into the log of `TORCH_TRACE`, which tlparse shows, if there is one."""
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": f"normfuse_{name}", "encoding": "string"},
+        payload_fn=lambda: graph.python_code("self").src.strip(),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -33,10 +33,9 @@ class Lower:
 
     settings: Settings
     recorder: Recorder | None = None
-    _traced: dict[Any, Form] = field(default_factory=dict, compare=False, repr=False)
 
     def __call__(self, graph: Graph) -> None:
-        self._traced.clear()
+        traced: dict[Any, Form] = {}
         counts: dict[str, int] = {}
         # Every choice sees the neighbours of its site as they are before anything is spliced in.
         chosen = [(node, *self.form_of(node)) for node in graph.nodes if is_op(node)]
@@ -45,7 +44,7 @@ class Lower:
             if self.recorder is not None:
                 self.recorder.lowered(Place.of(node), lowering, reason)
             if lowering != "op":
-                self._splice(node, lowering)
+                _splice(node, lowering, traced)
         if counts:
             log.info("lowered %s", ", ".join(f"{n} as {name}" for name, n in counts.items()))
 
@@ -62,22 +61,23 @@ class Lower:
             return "inline", obstacle
         return choose(node, self.settings, device) if wanted == "auto" else ("triton", None)
 
-    def _splice(self, node: Node, lowering: str) -> None:
-        used = tuple(
-            any(user.args[1] == index and user.users for user in node.users)
-            for index in range(len(node.meta["val"]))
-        )
-        key = (node.target, lowering, used, str(tree_map(_signature, node.args)))
-        if key not in self._traced:
-            self._traced[key] = _form(node, lowering, used)
-        results = self._traced[key].copy_before(node)
-        for user in list(node.users):
-            if user.users:
-                replacement = results[cast(int, user.args[1])]
-                assert replacement is not None
-                user.replace_all_uses_with(replacement)
-            node.graph.erase_node(user)
-        node.graph.erase_node(node)
+
+def _splice(node: Node, lowering: str, traced: dict[Any, Form]) -> None:
+    used = tuple(
+        any(user.args[1] == index and user.users for user in node.users)
+        for index in range(len(node.meta["val"]))
+    )
+    key = (node.target, lowering, used, str(tree_map(_signature, node.args)))
+    if key not in traced:
+        traced[key] = _form(node, lowering, used)
+    results = traced[key].copy_before(node)
+    for user in list(node.users):
+        if user.users:
+            replacement = results[cast(int, user.args[1])]
+            assert replacement is not None
+            user.replace_all_uses_with(replacement)
+        node.graph.erase_node(user)
+    node.graph.erase_node(node)
 
 
 def _signature(argument: Any) -> Any:

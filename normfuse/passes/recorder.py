@@ -30,6 +30,7 @@ def _module_path(stack: Any) -> str:
     if not stack:
         return ""
     path = str(next(reversed(stack.values()))[0])
+    path = path.replace("__dict__['_modules']", "_modules")  # of a class with a `__getattr__`
     path = re.sub(r"_modules\['([^']+)'\]", r"\1", path)
     path = re.sub(r"L\['(\w+)'\]", r"\1", path).replace("['", ".").replace("']", "")
     path = re.sub(r"\[(\w+)\]", r".\1", path)
@@ -59,11 +60,14 @@ class Recorder:
     after: list[str] = field(default_factory=list)
     _pending: list[Site] = field(default_factory=list)
     _fused: dict[Place, list[int]] = field(default_factory=lambda: defaultdict(list))
+    _is_lowered: bool = False
 
     def start(self, text: str) -> None:
-        """A new graph arrives from Dynamo."""
+        """A new graph arrives from Dynamo: a whole one, or one that the next whole one calls."""
         self._settle()
-        self._fused.clear()
+        if self._is_lowered:
+            self._fused.clear()
+            self._is_lowered = False
         self.before.append(text)
 
     def reconsider(self) -> None:
@@ -73,6 +77,7 @@ class Recorder:
     def finish(self, text: str) -> None:
         """A graph is ready for code generation."""
         self._settle()
+        self._is_lowered = True
         self.after.append(text)
 
     def fused(self, place: Place, op: str) -> None:

@@ -81,7 +81,7 @@ _TABLE: dict[Any, Kind] = {
     **_names(Kind.CLAMP, "maximum", aten.clamp.default, aten.clamp_min.default),
     **_names(Kind.CLAMP, aten.maximum.default),
     **_names(Kind.CAST, "to", "type", "type_as", "float", "half", "bfloat16", "double"),
-    **_names(Kind.CAST, aten.to.dtype, aten._to_copy.default),
+    **_names(Kind.CAST, aten.to.dtype, aten.type_as.default, aten._to_copy.default),
     **_names(Kind.CAST, prims.convert_element_type.default),
     **_names(Kind.VIEW, "view", "reshape", "unsqueeze", "expand", "expand_as", "flatten"),
     **_names(Kind.VIEW, "contiguous", "unflatten", torch.reshape, torch.unsqueeze, torch.flatten),

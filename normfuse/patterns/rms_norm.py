@@ -112,6 +112,8 @@ def _read_call(node: Node) -> Norm:
         raise Decline(f"the statistic is computed in {dtype(x)}, which no kernel has")
     weight = given.get("weight")
     assert weight is None or isinstance(weight, Node)
+    if weight is not None and dtype(weight) not in FLOATS:
+        raise Decline(f"the weight is {dtype(weight)}, which no rounding plan has")
     plan = RoundingPlan.once(dtype(x), None if weight is None else dtype(weight))
     eps = cast("float | Node | None", given.get("eps"))
     return Norm(

@@ -1,0 +1,50 @@
+"""A block, exported and packaged, and run by a process that knows nothing of normfuse."""
+
+import os
+import subprocess
+import sys
+
+import torch
+
+import normfuse
+from tests.blocks import GemmaBlock, activation
+
+PROGRAM = """
+import sys, torch
+package, inputs, results = sys.argv[1:]
+model = torch._inductor.aoti_load_package(package)
+torch.save([model(*pair) for pair in torch.load(inputs)], results)
+assert not [name for name in sys.modules if name.split(".")[0] == "normfuse"]
+"""
+
+
+def package_block(directory, device, **options):
+    """A Gemma block with any number of rows, as a package; and the ops that it was rewritten to."""
+    block, seen = GemmaBlock().to(device, torch.bfloat16), []
+
+    def note_ops(graph):
+        seen[:] = [n.target._opname for n in graph.nodes if "normfuse" in str(n.target)]
+
+    rows = torch.export.Dim("rows", min=2, max=64)
+    with torch.no_grad():
+        program = torch.export.export(
+            block,
+            (activation(4).to(device), activation(4).to(device)),
+            dynamic_shapes=({0: rows}, {0: rows}),
+        )
+    package = torch._inductor.aoti_compile_and_package(
+        program,
+        package_path=str(directory / "block.pt2"),
+        inductor_configs=normfuse.options(post_grad_custom_post_pass=note_ops, **options),
+    )
+    return block, package, seen
+
+
+def run_elsewhere(package, pairs, directory):
+    """The results of a package for pairs of inputs, from a process that never imports normfuse."""
+    inputs, results = directory / "inputs.pt", directory / "results.pt"
+    torch.save(pairs, inputs)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", PROGRAM, package, str(inputs), str(results)]
+    subprocess.run(command, check=True, cwd=directory, env=environment)
+    return torch.load(results)
