@@ -15,10 +15,10 @@ import torch
 from normfuse.ops.registration import register
 from normfuse.ops.rms_norm import (
     check_plan,
-    rms_norm_backward,
     rms_norm_fake,
     rms_norm_reference,
 )
+from normfuse.ops.rms_norm_backward import norm_gradients
 from normfuse.ops.rms_norms import weight_of_each
 from normfuse.ops.rounding import RoundingPlan
 from normfuse.ops.validation import check_activation, check_eps, check_weight
@@ -139,7 +139,7 @@ def norms_backward(
     for grad_y, grad_rstd, x, weight, rstd, offset in zip(
         grad_ys, grad_rstds, xs, weight_of_each(weights, plans), rstds, offsets, strict=True
     ):
-        grad_x, grad_weight = rms_norm_backward(grad_y, grad_rstd, x, weight, rstd, offset)
+        grad_x, grad_weight = norm_gradients(grad_y, grad_rstd, x, weight, rstd, offset)
         grad_xs.append(grad_x.to(x.dtype))
         if weight is not None:
             grad_weights.append(grad_weight)

@@ -1,0 +1,152 @@
+"""How the rows of a backward kernel are shared out, and how its partial sums are added up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+
+from normfuse.ops.kernels.row_backward import sum_partials_kernel
+from normfuse.ops.kernels.tile import WARP_SIZE
+
+if TYPE_CHECKING:
+    from normfuse.ops.residual_sum import Scales
+
+# Programs of the kernels, for each of the 132 multiprocessors of an H100 or H200. Every GPU takes
+# as many: the order in which gradients are summed, and so their bits, depend on the shape alone.
+PROGRAMS = 132
+WARPS = 16  # that the programs of a multiprocessor have together
+
+# A program of `sum_partials_kernel`: 16 columns are 64 bytes of float32.
+PARTIAL_ROWS, PARTIAL_COLS = 128, 16
+
+
+@dataclass(frozen=True)
+class BackwardLaunch:
+    """Persistent programs, each of which takes every `programs`-th tile of rows.
+
+    Attributes:
+        rows: of a tile.
+        block: columns of a chunk of a row.
+        chunks: of a row.
+        held: whether a program holds whole rows, and the sums of the weight's gradient, in its
+            registers; else it goes through a row chunk by chunk, and adds the sums up in memory.
+        num_warps: of a program.
+        programs: at most as many as there are tiles.
+    """
+
+    rows: int
+    block: int
+    chunks: int
+    held: bool
+    num_warps: int
+    programs: int
+
+    @classmethod
+    def for_shape(
+        cls,
+        cols: int,
+        num_rows: Any,
+        dtype: torch.dtype,
+        *,
+        norms: int = 1,
+        warp_size: int = WARP_SIZE,
+    ) -> BackwardLaunch:
+        """The launch for rows of `cols` elements that accumulate in `dtype`.
+
+        A lane takes 8 elements of a chunk, 16 bytes of bfloat16 and half as many of float64. Up to
+        3 chunks of a row are held, or 2 where a kernel holds the rows of two norms (`norms`): the
+        most that no kernel spills on (tests/kernels/test_cross_compile_backward.py).
+        """
+        lane = 4 if dtype == torch.float64 else 8
+        if cols <= 128 * lane // 2:
+            block = triton.next_power_of_2(cols)
+            rows, chunks, threads = 128 * lane // block, 1, 128
+        else:
+            rows, most = 1, 4 - norms
+            fitting = [t for t in (128, 256, 512) if triton.cdiv(cols, t * lane) <= most]
+            threads = fitting[0] if fitting else 512
+            block = threads * lane
+            chunks = triton.cdiv(cols, block)
+        held = chunks * block <= 512 * lane * (4 - norms)
+        num_tiles = (num_rows + rows - 1) // rows
+        programs = _num_programs(num_rows, threads // 32, num_tiles)
+        return cls(rows, block, chunks, held, threads // warp_size, programs)
+
+    def constants(self) -> dict[str, Any]:
+        """The constants of a kernel."""
+        return {
+            "ROWS": self.rows,
+            "BLOCK": self.block,
+            "CHUNKS": self.chunks if self.held else 1,
+            "HELD": self.held,
+        }
+
+
+def _num_programs(num_rows: Any, warps: int, num_tiles: Any) -> int:
+    """More programs for more rows, so that writing partial sums stays a small part of it."""
+    if not isinstance(num_rows, int):
+        return PROGRAMS  # symbolic: a program without rows adds zeros
+    each = max(1, min(WARPS // warps, num_rows // 2048))
+    return min(PROGRAMS * each, num_tiles)
+
+
+def scale_constants(scales: Scales | None) -> dict[str, Any]:
+    """The numbers of a residual sum's factors."""
+    branch, total = (None, None) if scales is None else scales[2:]
+    return {
+        "BRANCH_SCALE": None if branch is None else float(branch),
+        "TOTAL_SCALE": None if total is None else float(total),
+    }
+
+
+def partial_sums(
+    weight: torch.Tensor | None, tile: BackwardLaunch, dtype: torch.dtype
+) -> torch.Tensor | None:
+    """(programs, N) for stage one to fill; None for a weight without a gradient."""
+    if weight is None:
+        return None
+    size = (tile.programs, weight.shape[-1])
+    return weight.new_empty(size, dtype=dtype) if tile.held else weight.new_zeros(size, dtype=dtype)
+
+
+def no_gradients(weights: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """The gradients of weights where there are no rows."""
+    return [None if weight is None else torch.zeros_like(weight) for weight in weights]
+
+
+def sum_partials(
+    partials: Sequence[torch.Tensor | None],
+    weights: Sequence[torch.Tensor | None],
+    wrap: Callable[[Any], Any],
+) -> list[torch.Tensor | None]:
+    """Stage two, one launch for up to three weights: (programs, N) -> (N,) in the weight's type."""
+    grads: list[torch.Tensor | None] = []
+    slots: list[Any] = []
+    widths: list[int] = []
+    for partial, weight in zip(partials, weights, strict=True):
+        if partial is None or weight is None:
+            grads.append(None)
+            continue
+        grads.append(weight.new_empty(weight.shape))
+        slots += [partial, grads[-1], partial.shape[0]]
+        widths.append(weight.shape[0])
+    if not widths:
+        return grads
+    num_absent = 3 - len(widths)
+    grid = (triton.cdiv(max(widths), PARTIAL_COLS), len(widths))
+    n_1, n_2, n_3 = widths + [0] * num_absent
+    wrap(sum_partials_kernel)[grid](
+        *slots,
+        *[None, None, 0] * num_absent,
+        N_1=n_1,
+        N_2=n_2,
+        N_3=n_3,
+        ROWS=PARTIAL_ROWS,
+        BLOCK=PARTIAL_COLS,
+        num_warps=4,
+    )
+    return grads
