@@ -48,9 +48,7 @@ def compile_backward(stem: str, width: int, dtype: torch.dtype, target: str) -> 
     plan = RoundingPlan.once(dtype, dtype)
     rstd = torch.empty(NUM_ROWS, 1, dtype=plan.compute, device="meta")
     norms = 2 if stem.count("norm") == 2 else 1
-    tile = BackwardLaunch.for_shape(
-        width, NUM_ROWS, plan.compute, norms=norms, warp_size=gpu.warp_size
-    )
+    tile = BackwardLaunch.for_shape(width, NUM_ROWS, dtype, norms=norms, warp_size=gpu.warp_size)
     settings: Any = {"tile": tile, "wrap": recorder}
     if norms == 2:
         both = ((weight, rstd, 1.0, plan),) * 2

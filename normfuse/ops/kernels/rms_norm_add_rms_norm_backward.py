@@ -9,13 +9,13 @@ With norm'(g; x) = rstd * (g - unit * mean(g * unit)) and unit = x * rstd:
     grad_weight_1 = sum over rows of grad_branch * unit_1
     grad_weight_2 = sum over rows of grad_y * unit_2
 
-Each operand is read once; rows too wide for registers three times, the last two from the cache.
+Operands are read once; rows too wide for registers three times, twice from the cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import triton
@@ -51,6 +51,7 @@ from normfuse.ops.kernels.tile_backward import (
     partial_sums,
     scale_constants,
     sum_partials,
+    widest,
 )
 
 if TYPE_CHECKING:
@@ -212,8 +213,7 @@ def _launch(
 ) -> list[torch.Tensor | None]:
     """Fills `results`; returns the gradients of the weights that learn."""
     (weight_1, rstd_1, offset_1, plan_1), (weight_2, rstd_2, offset_2, _) = norms
-    x = operands[2]
-    assert x is not None
+    x = cast(torch.Tensor, operands[2])
     order = row_order(*results, rstd_1, rstd_2)
     if order is None:
         dense = tuple(None if r is None else torch.empty_like(r).contiguous() for r in results)
@@ -227,7 +227,8 @@ def _launch(
         for operand in operands
     ]
     dtype = torch.promote_types(plan_1.compute, torch.float32)
-    tile = tile or BackwardLaunch.for_shape(x.shape[-1], num_rows(x), dtype, norms=2)
+    widest_type = widest(x, operands[0], plan_1)
+    tile = tile or BackwardLaunch.for_shape(x.shape[-1], num_rows(x), widest_type, norms=2)
     partials = [partial_sums(weight, tile, dtype) for weight in learned]
     with device_of(x, wrap):
         wrap(rms_norm_add_rms_norm_backward_kernel)[(tile.programs,)](
@@ -237,8 +238,7 @@ def _launch(
             *scales[:2],
             *results,
             *partials,
-            num_rows(x),
-            *(stride for _, stride in pairs),
+            *(num_rows(x), *(stride for _, stride in pairs)),
             N=x.shape[-1],
             **tile.constants(),
             OFFSET_1=float(offset_1),

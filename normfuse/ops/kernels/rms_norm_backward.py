@@ -50,6 +50,7 @@ from normfuse.ops.kernels.tile_backward import (
     partial_sums,
     scale_constants,
     sum_partials,
+    widest,
 )
 
 if TYPE_CHECKING:
@@ -216,7 +217,7 @@ def launch_beside(
     if grad_total is not None:
         grad_total, stride_grad_total = addressed_by_one_stride(grad_total, order, like)
     dtype = torch.promote_types(plan.compute, torch.float32)
-    tile = tile or BackwardLaunch.for_shape(x.shape[-1], num_rows(x), dtype)
+    tile = tile or BackwardLaunch.for_shape(x.shape[-1], num_rows(x), widest(x, grad_y, plan))
     partial = partial_sums(learned, tile, dtype)
     scale_tensors = (None, None) if beside.scales is None else beside.scales[:2]
     with device_of(x, wrap):

@@ -14,11 +14,17 @@ from normfuse.ops.kernels.tile import WARP_SIZE
 
 if TYPE_CHECKING:
     from normfuse.ops.residual_sum import Scales
+    from normfuse.ops.rounding import RoundingPlan
 
-# Programs of the kernels, for each of the 132 multiprocessors of an H100 or H200. Every GPU takes
-# as many: the order in which gradients are summed, and so their bits, depend on the shape alone.
+# The multiprocessors of an H100 or H200. Every GPU gets a multiple of this many programs: the order
+# in which gradients are summed, and so their bits, depend on the shape alone.
 PROGRAMS = 132
 WARPS = 16  # that the programs of a multiprocessor have together
+
+# By the bytes of an element: how many of a chunk a lane takes, and how many chunks of a row it
+# holds in a kernel of one norm, or of two. No held row spills registers on sm_90 or gfx942
+# (tests/kernels/test_cross_compile_backward.py).
+LANES = {2: (8, (3, 2)), 4: (4, (4, 3)), 8: (2, (4, 2))}
 
 # A program of `sum_partials_kernel`: 16 columns are 64 bytes of float32.
 PARTIAL_ROWS, PARTIAL_COLS = 128, 16
@@ -55,23 +61,25 @@ class BackwardLaunch:
         norms: int = 1,
         warp_size: int = WARP_SIZE,
     ) -> BackwardLaunch:
-        """The launch for rows of `cols` elements that accumulate in `dtype`.
+        """The launch for rows of `cols` elements.
 
-        A lane takes 8 elements of a chunk, 16 bytes of bfloat16 and half as many of float64. Up to
-        3 chunks of a row are held, or 2 where a kernel holds the rows of two norms (`norms`): the
-        most that no kernel spills on (tests/kernels/test_cross_compile_backward.py).
+        Args:
+            cols: elements of a row.
+            num_rows: may be symbolic.
+            dtype: the widest type of the operands and of the sums.
+            norms: how many norms have a row in the registers at once.
+            warp_size: lanes of a warp.
         """
-        lane = 4 if dtype == torch.float64 else 8
-        if cols <= 128 * lane // 2:
+        lane, most = LANES[dtype.itemsize]
+        if cols <= 64 * lane:
             block = triton.next_power_of_2(cols)
-            rows, chunks, threads = 128 * lane // block, 1, 128
+            rows, chunks, threads = 256 * lane // block, 1, 128
         else:
-            rows, most = 1, 4 - norms
-            fitting = [t for t in (128, 256, 512) if triton.cdiv(cols, t * lane) <= most]
+            fitting = [t for t in (128, 256, 512) if triton.cdiv(cols, t * lane) <= most[norms - 1]]
             threads = fitting[0] if fitting else 512
             block = threads * lane
-            chunks = triton.cdiv(cols, block)
-        held = chunks * block <= 512 * lane * (4 - norms)
+            rows, chunks = 1, triton.cdiv(cols, block)
+        held = chunks <= most[norms - 1]
         num_tiles = (num_rows + rows - 1) // rows
         programs = _num_programs(num_rows, threads // 32, num_tiles)
         return cls(rows, block, chunks, held, threads // warp_size, programs)
@@ -84,6 +92,12 @@ class BackwardLaunch:
             "CHUNKS": self.chunks if self.held else 1,
             "HELD": self.held,
         }
+
+
+def widest(x: torch.Tensor, grad: torch.Tensor | None, plan: RoundingPlan) -> torch.dtype:
+    """The widest type of two operands; float64 if the norm accumulates in it."""
+    dtype = x.dtype if grad is None else torch.promote_types(x.dtype, grad.dtype)
+    return plan.compute if plan.compute == torch.float64 else dtype
 
 
 def _num_programs(num_rows: Any, warps: int, num_tiles: Any) -> int:
