@@ -142,10 +142,13 @@ def interpret_graph(
 ) -> Callable[..., Any]:
     """The graph as Inductor would generate code for it, run node by node instead."""
     from torch._inductor.compile_fx import _recursive_post_grad_passes
+    from torch._inductor.virtualized import V
 
     def inner_compile(inner: GraphModule, inputs: Sequence[Any], **keywords: Any) -> Any:
         is_inference = not (keywords.get("is_backward") or _is_training_forward(keywords))
-        _recursive_post_grad_passes(inner, is_inference=is_inference)
+        # A backward is compiled when it first runs, outside of what compile_fx has set up.
+        with V.set_fake_mode(_mode_of([node.meta.get("val") for node in inner.graph.nodes])):
+            _recursive_post_grad_passes(inner, is_inference=is_inference)
         if finished is not None and not keywords.get("is_backward"):
             finished(inner)
         return _boxed(inner)
