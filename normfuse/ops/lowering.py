@@ -30,12 +30,14 @@ from normfuse.ops.gating import Gating
 from normfuse.ops.l2_norm import L2_NORM, l2_norm_reference
 from normfuse.ops.modulated_rms_norm import MODULATED_RMS_NORM, modulated_rms_norm_reference
 from normfuse.ops.modulation import Modulation
-from normfuse.ops.qk_rms_norm import (
-    QK_RMS_NORM,
-    obstacle_to_one_launch,
-    qk_rms_norm_reference,
-)
+from normfuse.ops.one_launch import obstacle_to_one_launch
+from normfuse.ops.qk_rms_norm import QK_RMS_NORM, qk_rms_norm_reference
 from normfuse.ops.qk_rms_norm_rope import QK_RMS_NORM_ROPE, qk_rms_norm_rope_reference
+from normfuse.ops.qk_rms_norm_rope_backward import (
+    QK_RMS_NORM_ROPE_BACKWARD,
+    for_launch,
+    qk_rms_norm_rope_backward_reference,
+)
 from normfuse.ops.residual_sum import Scales
 from normfuse.ops.rms_norm import RMS_NORM, rms_norm_reference
 from normfuse.ops.rms_norm_add import RMS_NORM_ADD, rms_norm_add_reference
@@ -74,6 +76,7 @@ _REFERENCES: dict[Any, Callable[..., Any]] = {
     ADD_RMS_NORM_BACKWARD: add_rms_norm_backward_reference,
     RMS_NORM_ADD_BACKWARD: rms_norm_add_backward_reference,
     RMS_NORM_ADD_RMS_NORM_BACKWARD: rms_norm_add_rms_norm_backward_reference,
+    QK_RMS_NORM_ROPE_BACKWARD: qk_rms_norm_rope_backward_reference,
 }
 
 
@@ -108,7 +111,7 @@ def obstacle_to_kernel(op: Any, arguments: tuple[Any, ...]) -> str | None:
     for value in tree_leaves(arguments):
         if isinstance(value, torch.SymFloat):
             return "eps or a scale is symbolic, and the kernel is compiled for its value"
-    if op in (QK_RMS_NORM, QK_RMS_NORM_ROPE):
+    if op in (QK_RMS_NORM, QK_RMS_NORM_ROPE, QK_RMS_NORM_ROPE_BACKWARD):
         obstacle = obstacle_to_one_launch(activations)
         if obstacle is not None:
             return obstacle
@@ -295,6 +298,12 @@ def _launch_rms_norm_add_rms_norm_backward(
     return launch(*operands, wrap=wrap)
 
 
+def _launch_qk_rms_norm_rope_backward(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
+    from normfuse.ops.kernels.qk_rms_norm_rope_backward import launch
+
+    return launch(*for_launch(arguments), wrap=wrap)
+
+
 def _both(mask: Sequence[bool], used: tuple[bool, ...]) -> list[bool]:
     """The gradients that are asked for and read."""
     return [wanted and read for wanted, read in zip(mask, used, strict=True)]
@@ -317,4 +326,5 @@ _LAUNCHES: dict[Any, Callable[..., Any]] = {
     ADD_RMS_NORM_BACKWARD: _launch_add_rms_norm_backward,
     RMS_NORM_ADD_BACKWARD: _launch_rms_norm_add_backward,
     RMS_NORM_ADD_RMS_NORM_BACKWARD: _launch_rms_norm_add_rms_norm_backward,
+    QK_RMS_NORM_ROPE_BACKWARD: _launch_qk_rms_norm_rope_backward,
 }

@@ -47,11 +47,12 @@ from normfuse.ops.kernels.stream_backward import stream_sandwich
 from normfuse.ops.kernels.tile import device_of, eager
 from normfuse.ops.kernels.tile_backward import (
     BackwardLaunch,
+    launch_for,
     no_gradients,
+    offset_of,
     partial_sums,
     scale_constants,
     sum_partials,
-    widest,
 )
 
 if TYPE_CHECKING:
@@ -227,8 +228,7 @@ def _launch(
         for operand in operands
     ]
     dtype = torch.promote_types(plan_1.compute, torch.float32)
-    widest_type = widest(x, operands[0], plan_1)
-    tile = tile or BackwardLaunch.for_shape(x.shape[-1], num_rows(x), widest_type, norms=2)
+    tile = tile or launch_for(x, operands[0], plan_1, norms=2)
     partials = [partial_sums(weight, tile, dtype) for weight in learned]
     with device_of(x, wrap):
         wrap(rms_norm_add_rms_norm_backward_kernel)[(tile.programs,)](
@@ -241,8 +241,8 @@ def _launch(
             *(num_rows(x), *(stride for _, stride in pairs)),
             N=x.shape[-1],
             **tile.constants(),
-            OFFSET_1=float(offset_1),
-            OFFSET_2=float(offset_2),
+            OFFSET_1=offset_of(weight_1, offset_1),
+            OFFSET_2=offset_of(weight_2, offset_2),
             **scale_constants(scales),
             WIDE=NAMES[dtype],
             num_warps=tile.num_warps,

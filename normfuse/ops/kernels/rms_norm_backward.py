@@ -46,11 +46,12 @@ from normfuse.ops.kernels.stream_backward import stream_norm
 from normfuse.ops.kernels.tile import device_of, eager
 from normfuse.ops.kernels.tile_backward import (
     BackwardLaunch,
+    launch_for,
     no_gradients,
+    offset_of,
     partial_sums,
     scale_constants,
     sum_partials,
-    widest,
 )
 
 if TYPE_CHECKING:
@@ -217,7 +218,7 @@ def launch_beside(
     if grad_total is not None:
         grad_total, stride_grad_total = addressed_by_one_stride(grad_total, order, like)
     dtype = torch.promote_types(plan.compute, torch.float32)
-    tile = tile or BackwardLaunch.for_shape(x.shape[-1], num_rows(x), widest(x, grad_y, plan))
+    tile = tile or launch_for(x, grad_y, plan)
     partial = partial_sums(learned, tile, dtype)
     scale_tensors = (None, None) if beside.scales is None else beside.scales[:2]
     with device_of(x, wrap):
@@ -237,7 +238,7 @@ def launch_beside(
             N=x.shape[-1],
             **tile.constants(),
             SHARE=1.0 if plan.mean == "sum" else 1.0 / x.shape[-1],
-            OFFSET=float(offset),
+            OFFSET=offset_of(weight, offset),
             **scale_constants(beside.scales),
             SUM=beside.position,
             WIDE=NAMES[dtype],

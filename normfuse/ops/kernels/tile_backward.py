@@ -10,6 +10,7 @@ import torch
 import triton
 
 from normfuse.ops.kernels.row_backward import sum_partials_kernel
+from normfuse.ops.kernels.rows import num_rows
 from normfuse.ops.kernels.tile import WARP_SIZE
 
 if TYPE_CHECKING:
@@ -94,10 +95,14 @@ class BackwardLaunch:
         }
 
 
-def widest(x: torch.Tensor, grad: torch.Tensor | None, plan: RoundingPlan) -> torch.dtype:
-    """The widest type of two operands; float64 if the norm accumulates in it."""
+def launch_for(
+    x: torch.Tensor, grad: torch.Tensor | None, plan: RoundingPlan, *, norms: int = 1
+) -> BackwardLaunch:
+    """The launch for a norm of x (..., N) and the gradient of its result."""
     dtype = x.dtype if grad is None else torch.promote_types(x.dtype, grad.dtype)
-    return plan.compute if plan.compute == torch.float64 else dtype
+    if plan.compute == torch.float64:
+        dtype = plan.compute
+    return BackwardLaunch.for_shape(x.shape[-1], num_rows(x), dtype, norms=norms)
 
 
 def _num_programs(num_rows: Any, warps: int, num_tiles: Any) -> int:
@@ -115,6 +120,11 @@ def scale_constants(scales: Scales | None) -> dict[str, Any]:
         "BRANCH_SCALE": None if branch is None else float(branch),
         "TOTAL_SCALE": None if total is None else float(total),
     }
+
+
+def offset_of(weight: torch.Tensor | None, offset: float) -> float:
+    """What is added to a weight; the ones that stand for an absent weight stay ones."""
+    return 0.0 if weight is None else float(offset)
 
 
 def partial_sums(
