@@ -7,9 +7,14 @@ from typing import Any
 import torch
 import triton
 
-from normfuse.ops.kernels import rms_norm_add_rms_norm_backward, rms_norm_backward
+from normfuse.ops.kernels import (
+    qk_rms_norm_rope_backward,
+    rms_norm_add_rms_norm_backward,
+    rms_norm_backward,
+)
 from normfuse.ops.kernels.tile_backward import BackwardLaunch
 from normfuse.ops.residual_sum import Scales
+from normfuse.ops.rotation import Rotation
 from normfuse.ops.rounding import RoundingPlan
 from tests.kernels.cross_compile import TARGETS, _source
 
@@ -65,3 +70,22 @@ def compile_backward(stem: str, width: int, dtype: torch.dtype, target: str) -> 
         name: triton.compile(source, target=gpu, options={"num_warps": num_warps})
         for name, (source, num_warps) in recorder.launches.items()
     }
+
+
+def compile_heads(width: int, layout: str, target: str) -> Any:
+    """What Triton makes of the gradients of q, k and v heads of `width`; q and k turn."""
+    gpu, recorder = TARGETS[target], _Recorder()
+    dtype = torch.bfloat16
+    heads = torch.empty(2, 512, 8, width, dtype=dtype, device="meta").transpose(1, 2)
+    rstd = torch.empty(2, 8, 512, 1, device="meta")
+    weight = torch.empty(width, dtype=dtype, device="meta")
+    table = torch.empty(2, 1, 512, width, dtype=dtype, device="meta")
+    plans = [RoundingPlan.once(dtype, dtype)] * 2 + [RoundingPlan.once(dtype, None)]
+    turns = [Rotation(layout, width, dtype, dtype)] * 2 + [None]
+    qk_rms_norm_rope_backward.launch(
+        [heads] * 3, [heads] * 3, [weight, weight, None], [rstd] * 3, table, table,
+        [1.0] * 3, plans, turns, [True] * 3, [True, True, False], wrap=recorder,
+    )  # fmt: skip
+    source, num_warps = recorder.launches["qk_rms_norm_rope_backward_kernel"]
+    num_warps = num_warps * 32 // gpu.warp_size
+    return triton.compile(source, target=gpu, options={"num_warps": num_warps})

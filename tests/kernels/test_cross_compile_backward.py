@@ -47,3 +47,13 @@ def test_offsets_of_rows_have_64_bits(stem):
     for kernel in backward.compile_backward(stem, 256, BF16, "sm_90").values():
         products = re.findall(r"arith\.muli .* : (\S+)", kernel.asm["ttir"])
         assert any("i64" in product for product in products), products
+
+
+@pytest.mark.parametrize(
+    ("layout", "target"), [("half", "sm_90"), ("interleaved", "sm_90"), ("half", "gfx942")]
+)
+@pytest.mark.parametrize("width", [128, 256, 512])
+def test_heads_do_not_spill(width, layout, target, tmp_path):
+    compiled = backward.compile_heads(width, layout, target)
+
+    assert cross_compile.resources(compiled, tmp_path / "cubin")["spilled"] == 0

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 LEVELS = 3  # of leading dimensions, the most that a kernel addresses
 
-# Programs of 4 warps for each of 132 multiprocessors; see tile_backward.py.
-PROGRAMS = 4 * 132
+# Programs of 8 warps: three for each of the 132 multiprocessors that tile_backward.py speaks of.
+PROGRAMS = 3 * 132
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ NO_SLOT = BackwardSlot(
 
 
 def tile_elements(dtype: torch.dtype) -> int:
-    """How many elements a program of 4 warps takes at once, where its rows are no wider."""
+    """How many elements a program of 8 warps takes at once, where its rows are no wider."""
     return ELEMENTS * 2 // max(2, dtype.itemsize)
 
 
@@ -208,7 +208,7 @@ def launch_slots(
                 1 if cos is None else cos.stride(-1),
                 *(argument for slot in padded for argument in slot.arguments),
                 **constants,
-                num_warps=min(512, max(128, elements // 16)) // WARP_SIZE,
+                num_warps=min(512, max(128, elements // 8)) // WARP_SIZE,
             )
             sums = sum_partials([s.partial for s in filled], [s.weight for s in filled], wrap)
     remaining = iter(sums)
