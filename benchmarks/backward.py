@@ -313,9 +313,8 @@ def show(rows: list[dict[str, Any]]) -> None:
             f"{row['speedup']:.2f}x",
         )
     Console(width=110).print(table)
-    print(
-        f"geometric mean over Inductor: {statistics.geometric_mean(r['speedup'] for r in rows):.3f}x"
-    )
+    mean = statistics.geometric_mean(row["speedup"] for row in rows)
+    print(f"geometric mean over Inductor: {mean:.3f}x")
 
 
 def save(rows: list[dict[str, Any]], bandwidth: float, out: Path | None) -> None:
