@@ -3,12 +3,20 @@
 import pytest
 import torch
 from expecttest import TestCase
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
 
 from normfuse.backend import patches
 from normfuse.ops.add_rms_norm_backward import ADD_RMS_NORM_BACKWARD
 from normfuse.ops.qk_rms_norm_rope_backward import QK_RMS_NORM_ROPE_BACKWARD
 from normfuse.ops.rms_norm_add_rms_norm_backward import RMS_NORM_ADD_RMS_NORM_BACKWARD
-from normfuse.passes import inductor
+from normfuse.passes import inductor, lower
+from normfuse.settings import Settings
 from tests.blocks import GemmaBlock, LlamaBlock, activation
 from tests.graphs import render
 from tests.test_lowering import LLAMA, kernels_on_cpu, lowered
@@ -74,6 +82,24 @@ def test_the_number_of_programs_grows_with_the_rows_but_not_with_the_gpu(kernels
 
     rows, _ = launches(graph)
     assert rows.kwargs["grid"] == [(528, 1, 1)]
+
+
+def test_a_changing_number_of_rows(kernels_on_cpu):
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+
+    def fake(*shape):
+        sizes = [DimDynamic.DUCK, DimDynamic.STATIC][-len(shape) :]
+        context = StatelessSymbolicContext(dynamic_sizes=sizes)
+        return mode.from_tensor(torch.empty(shape, dtype=BF16), symbolic_context=context)
+
+    inputs = [*(fake(64, 1024) for _ in range(3)), fake(1024), fake(64, 1)]
+    graph = make_fx(add_norm_backward)(*inputs).graph
+    lower.Lower(Settings("triton"))(graph)
+
+    rows, partials = launches(graph)
+    assert rows.kwargs["grid"] == [(132, 1, 1)]
+    assert partials.kwargs["kwargs"]["partial_1_ptr"].meta["val"].shape == (132, 1024)
+    assert not mode.shape_env.guards
 
 
 def test_no_second_launch_for_a_frozen_weight(kernels_on_cpu):
