@@ -10,14 +10,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from normfuse.ops.registration import register
+from normfuse.ops.add_rms_norm_backward import ADD_RMS_NORM_BACKWARD
+from normfuse.ops.registration import needs_plain_torch, register
 from normfuse.ops.residual_sum import SCALE_SCHEMA, Scales, residual_sum, residual_sum_backward
 from normfuse.ops.rms_norm import (
     check_plan,
-    rms_norm_backward,
     rms_norm_fake,
     rms_norm_reference,
 )
+from normfuse.ops.rms_norm_backward import norm_gradients
 from normfuse.ops.rounding import RoundingPlan
 from normfuse.ops.validation import (
     check_activation,
@@ -78,11 +79,14 @@ def _cuda(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    x, residual, weight, branch_tensor, total_tensor, branch, total_number, _, offset, _ = inputs
+    x, residual, weight, branch_tensor, total_tensor, branch, total_number, _, offset, plan = inputs
     _, total, rstd = output
-    ctx.save_for_backward(x, residual, weight, branch_tensor, total_tensor, total, rstd)
+    scales = Scales(branch_tensor, total_tensor, branch, total_number)
+    operands = (x, residual) if scales.learn() else (None, None)
+    ctx.save_for_backward(*operands, weight, branch_tensor, total_tensor, total, rstd)
     ctx.numbers = (branch, total_number)
-    ctx.offset = offset
+    ctx.norm = (offset, plan)
+    ctx.dtypes = (x.dtype, residual.dtype)
     ctx.set_materialize_grads(False)
 
 
@@ -92,15 +96,35 @@ def _backward(
     grad_total: torch.Tensor | None,
     grad_rstd: torch.Tensor | None,
 ) -> Any:
+    x, _, weight, branch_tensor, total_tensor, total, rstd = ctx.saved_tensors
+    scales = Scales(branch_tensor, total_tensor, *ctx.numbers)
+    if grad_y is None or grad_rstd is not None or x is not None or needs_plain_torch():
+        return _plain_gradients(ctx, grad_y, grad_total, grad_rstd)
+    wants_x, wants_residual, wants_weight = ctx.needs_input_grad[:3]
+    is_shared = ctx.dtypes[0] == ctx.dtypes[1] and not scales.scale_branch()
+    mask = [wants_x or (is_shared and wants_residual), wants_residual and not is_shared]
+    grad_x, grad_residual, grad_weight = ADD_RMS_NORM_BACKWARD(
+        grad_y, grad_total, total, weight, rstd, *scales, *ctx.norm, *ctx.dtypes,
+        [*mask, wants_weight],
+    )  # fmt: skip
+    return grad_x, grad_x if is_shared else grad_residual, grad_weight, *(None,) * 7
+
+
+def _plain_gradients(
+    ctx: Any,
+    grad_y: torch.Tensor | None,
+    grad_total: torch.Tensor | None,
+    grad_rstd: torch.Tensor | None,
+) -> Any:
     x, residual, weight, branch_tensor, total_tensor, total, rstd = ctx.saved_tensors
-    grad, grad_weight = rms_norm_backward(grad_y, grad_rstd, total, weight, rstd, ctx.offset)
+    grad, grad_weight = norm_gradients(grad_y, grad_rstd, total, weight, rstd, ctx.norm[0])
     if grad_total is not None:
         grad = grad + grad_total
     scales = Scales(branch_tensor, total_tensor, *ctx.numbers)
     grads = residual_sum_backward(grad, x, residual, scales)
     return (
-        grads.branch.to(x.dtype),
-        grads.residual.to(residual.dtype),
+        grads.branch.to(ctx.dtypes[0]),
+        grads.residual.to(ctx.dtypes[1]),
         grad_weight,
         grads.branch_tensor,
         grads.total_tensor,

@@ -17,11 +17,11 @@ from normfuse.ops.registration import register
 from normfuse.ops.residual_sum import SCALE_SCHEMA, Scales, residual_sum_backward
 from normfuse.ops.rms_norm import (
     check_plan,
-    rms_norm_backward,
     rms_norm_fake,
     rms_norm_reference,
 )
 from normfuse.ops.rms_norm_add import rms_norm_add_fake, rms_norm_add_reference
+from normfuse.ops.rms_norm_backward import norm_gradients
 from normfuse.ops.rounding import RoundingPlan
 from normfuse.ops.validation import (
     check_activation,
@@ -128,15 +128,11 @@ def dual_rms_norm_add_backward(
     grad_total = torch.zeros_like(residual) if grad_total is None else grad_total
     normed, _ = rms_norm_reference(branch, weight_3, None, *norm_3)
     sums = residual_sum_backward(grad_total, normed, residual, Scales(*scales))
-    grad, grad_weight_3 = rms_norm_backward(
+    grad, grad_weight_3 = norm_gradients(
         sums.branch, grad_rstds[2], branch, weight_3, rstds[2], norm_3[1]
     )
-    grad_1, grad_weight_1 = rms_norm_backward(
-        grad, grad_rstds[0], x_1, weight_1, rstds[0], norm_1[1]
-    )
-    grad_2, grad_weight_2 = rms_norm_backward(
-        grad, grad_rstds[1], x_2, weight_2, rstds[1], norm_2[1]
-    )
+    grad_1, grad_weight_1 = norm_gradients(grad, grad_rstds[0], x_1, weight_1, rstds[0], norm_1[1])
+    grad_2, grad_weight_2 = norm_gradients(grad, grad_rstds[1], x_2, weight_2, rstds[1], norm_2[1])
     return (
         grad_1.to(x_1.dtype),
         grad_2.to(x_2.dtype),

@@ -22,7 +22,8 @@ from normfuse.ops.dual_rms_norm_add import (
 )
 from normfuse.ops.registration import register
 from normfuse.ops.residual_sum import SCALE_SCHEMA, Scales
-from normfuse.ops.rms_norm import rms_norm_backward, rms_norm_fake, rms_norm_reference
+from normfuse.ops.rms_norm import rms_norm_fake, rms_norm_reference
+from normfuse.ops.rms_norm_backward import norm_gradients
 from normfuse.ops.rounding import RoundingPlan
 
 SCHEMA = (
@@ -86,9 +87,7 @@ def _backward(
 ) -> Any:
     *tensors, total, rstd_1, rstd_2, rstd_3, rstd_4 = ctx.saved_tensors
     weight_4, offset_4 = tensors.pop(6), ctx.numbers[-2]
-    grad, grad_weight_4 = rms_norm_backward(
-        grad_y, grad_rstds[3], total, weight_4, rstd_4, offset_4
-    )
+    grad, grad_weight_4 = norm_gradients(grad_y, grad_rstds[3], total, weight_4, rstd_4, offset_4)
     grads = dual_rms_norm_add_backward(
         grad if grad_total is None else grad + grad_total,
         grad_rstds[:3],

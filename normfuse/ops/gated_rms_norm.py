@@ -14,10 +14,10 @@ from normfuse.ops.gating import ACTIVATIONS, Gating, gated, gated_backward
 from normfuse.ops.registration import register
 from normfuse.ops.rms_norm import (
     check_plan,
-    rms_norm_backward,
     rms_norm_fake,
     rms_norm_reference,
 )
+from normfuse.ops.rms_norm_backward import norm_gradients
 from normfuse.ops.rounding import RoundingPlan
 from normfuse.ops.validation import (
     check_activation,
@@ -141,7 +141,7 @@ def _groups_backward(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Gradients of the norm: each group is a row, whose weight may be its own."""
     if groups == 1:
-        return rms_norm_backward(grad_y, grad_rstd, x, weight, rstd, offset)
+        return norm_gradients(grad_y, grad_rstd, x, weight, rstd, offset)
     rows, factor = _split(x, groups), _weight_of_groups(weight, x, groups)
     grad = None if grad_y is None else _split(grad_y, groups).to(rstd.dtype)
     grad_weight = None
@@ -149,7 +149,7 @@ def _groups_backward(
         by_row = grad * rows.to(rstd.dtype) * rstd
         grad_weight = by_row.sum_to_size(factor.shape).reshape(weight.shape).to(weight.dtype)
         grad = grad * (factor.to(rstd.dtype) + offset)
-    grad_x, _ = rms_norm_backward(grad, grad_rstd, rows, None, rstd, 0.0)
+    grad_x, _ = norm_gradients(grad, grad_rstd, rows, None, rstd, 0.0)
     return grad_x.flatten(-2), grad_weight
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from normfuse.ops.registration import register
-from normfuse.ops.rms_norm import rms_norm_fake, rms_norm_reference
+from normfuse.ops.rms_norm import gradients, rms_norm_fake, rms_norm_reference
 from normfuse.ops.rounding import L2, RoundingPlan
 from normfuse.ops.validation import check_activation, check_eps
 
@@ -40,20 +40,14 @@ def _cuda(x: torch.Tensor, eps_tensor: torch.Tensor | None, eps: float, plan: st
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     ctx.save_for_backward(inputs[0], output[1])
+    ctx.plan = inputs[3]
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_y: torch.Tensor | None, grad_rstd: torch.Tensor | None) -> Any:
-    """With unit = x * rstd: rstd * (g - unit * sum(g * unit)) - grad_rstd * rstd^3 * x."""
     x, rstd = ctx.saved_tensors
-    h = x.to(rstd.dtype)
-    grad_x = torch.zeros_like(h)
-    if grad_y is not None:
-        unit, g = h * rstd, grad_y.to(rstd.dtype)
-        grad_x = rstd * (g - unit * (g * unit).sum(-1, keepdim=True))
-    if grad_rstd is not None:
-        grad_x = grad_x - grad_rstd * rstd.pow(3) * h
-    return grad_x.to(x.dtype), None, None, None
+    grads = gradients(grad_y, grad_rstd, x, None, rstd, 0.0, ctx.plan, (True, False))
+    return grads[0], None, None, None
 
 
 L2_NORM = register(

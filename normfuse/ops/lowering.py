@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -11,6 +11,10 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from normfuse.ops.add_rms_norm import ADD_RMS_NORM, add_rms_norm_reference
+from normfuse.ops.add_rms_norm_backward import (
+    ADD_RMS_NORM_BACKWARD,
+    add_rms_norm_backward_reference,
+)
 from normfuse.ops.dual_rms_norm_add import (
     DUAL_RMS_NORM_ADD,
     dual_rms_norm_add_reference,
@@ -26,19 +30,31 @@ from normfuse.ops.gating import Gating
 from normfuse.ops.l2_norm import L2_NORM, l2_norm_reference
 from normfuse.ops.modulated_rms_norm import MODULATED_RMS_NORM, modulated_rms_norm_reference
 from normfuse.ops.modulation import Modulation
-from normfuse.ops.qk_rms_norm import (
-    QK_RMS_NORM,
-    obstacle_to_one_launch,
-    qk_rms_norm_reference,
-)
+from normfuse.ops.one_launch import obstacle_to_one_launch
+from normfuse.ops.qk_rms_norm import QK_RMS_NORM, qk_rms_norm_reference
 from normfuse.ops.qk_rms_norm_rope import QK_RMS_NORM_ROPE, qk_rms_norm_rope_reference
+from normfuse.ops.qk_rms_norm_rope_backward import (
+    QK_RMS_NORM_ROPE_BACKWARD,
+    for_launch,
+    qk_rms_norm_rope_backward_reference,
+)
 from normfuse.ops.residual_sum import Scales
 from normfuse.ops.rms_norm import RMS_NORM, rms_norm_reference
 from normfuse.ops.rms_norm_add import RMS_NORM_ADD, rms_norm_add_reference
+from normfuse.ops.rms_norm_add_backward import (
+    RMS_NORM_ADD_BACKWARD,
+    rms_norm_add_backward_reference,
+)
 from normfuse.ops.rms_norm_add_rms_norm import (
     RMS_NORM_ADD_RMS_NORM,
     rms_norm_add_rms_norm_reference,
 )
+from normfuse.ops.rms_norm_add_rms_norm_backward import (
+    RMS_NORM_ADD_RMS_NORM_BACKWARD,
+    gathered,
+    rms_norm_add_rms_norm_backward_reference,
+)
+from normfuse.ops.rms_norm_backward import RMS_NORM_BACKWARD, rms_norm_backward_reference
 from normfuse.ops.rms_norms import RMS_NORMS, rms_norms_reference, weight_of_each
 from normfuse.ops.rotation import Rotation
 from normfuse.ops.rounding import RoundingPlan
@@ -56,6 +72,11 @@ _REFERENCES: dict[Any, Callable[..., Any]] = {
     QK_RMS_NORM_ROPE: qk_rms_norm_rope_reference,
     DUAL_RMS_NORM_ADD: dual_rms_norm_add_reference,
     DUAL_RMS_NORM_ADD_RMS_NORM: dual_rms_norm_add_rms_norm_reference,
+    RMS_NORM_BACKWARD: rms_norm_backward_reference,
+    ADD_RMS_NORM_BACKWARD: add_rms_norm_backward_reference,
+    RMS_NORM_ADD_BACKWARD: rms_norm_add_backward_reference,
+    RMS_NORM_ADD_RMS_NORM_BACKWARD: rms_norm_add_rms_norm_backward_reference,
+    QK_RMS_NORM_ROPE_BACKWARD: qk_rms_norm_rope_backward_reference,
 }
 
 
@@ -93,7 +114,7 @@ def obstacle_to_kernel(op: Any, arguments: tuple[Any, ...]) -> str | None:
     for value in tree_leaves(arguments):
         if isinstance(value, torch.SymFloat):
             return "eps or a scale is symbolic, and the kernel is compiled for its value"
-    if op in (QK_RMS_NORM, QK_RMS_NORM_ROPE):
+    if op in (QK_RMS_NORM, QK_RMS_NORM_ROPE, QK_RMS_NORM_ROPE_BACKWARD):
         obstacle = obstacle_to_one_launch(activations)
         if obstacle is not None:
             return obstacle
@@ -230,6 +251,53 @@ def _launch_dual(num_norms: int, wrap: Any, used: tuple[bool, ...], *arguments: 
     return launch(x_1, x_2, residual, weights, factors, steps, stored=used, wrap=wrap)
 
 
+def _launch_rms_norm_backward(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
+    from normfuse.ops.kernels.rms_norm_backward import launch
+
+    grad_y, x, weight, rstd, offset, plan, mask = arguments
+    steps, wanted = RoundingPlan.parse(plan), _both(mask, used)
+    return launch(grad_y, x, weight, rstd, offset, steps, wanted, wrap=wrap)
+
+
+def _launch_add_rms_norm_backward(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
+    from normfuse.ops.kernels.add_rms_norm_backward import launch
+
+    grad_y, grad_total, total, weight, rstd, *scales = arguments[:9]
+    offset, plan, x_dtype, residual_dtype, mask = arguments[9:]
+    norm = weight, rstd, Scales(*scales), offset, RoundingPlan.parse(plan)
+    dtypes = (x_dtype, residual_dtype)
+    return launch(grad_y, grad_total, total, *norm, dtypes, _both(mask, used), wrap=wrap)
+
+
+def _launch_rms_norm_add_backward(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
+    from normfuse.ops.kernels.rms_norm_add_backward import launch
+
+    grad_total, x, weight, rstd, *scales = arguments[:8]
+    offset, plan, residual_dtype, mask = arguments[8:]
+    norm = weight, rstd, Scales(*scales), offset, RoundingPlan.parse(plan)
+    return launch(grad_total, x, *norm, residual_dtype, _both(mask, used), wrap=wrap)
+
+
+def _launch_rms_norm_add_rms_norm_backward(
+    wrap: Any, used: tuple[bool, ...], *arguments: Any
+) -> Any:
+    from normfuse.ops.kernels.rms_norm_add_rms_norm_backward import launch
+
+    operands = gathered((*arguments[:-1], _both(arguments[-1], used)))
+    return launch(*operands, wrap=wrap)
+
+
+def _launch_qk_rms_norm_rope_backward(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
+    from normfuse.ops.kernels.qk_rms_norm_rope_backward import launch
+
+    return launch(*for_launch(arguments), wrap=wrap)
+
+
+def _both(mask: Sequence[bool], used: tuple[bool, ...]) -> list[bool]:
+    """The gradients that are asked for and read."""
+    return [wanted and read for wanted, read in zip(mask, used, strict=True)]
+
+
 _LAUNCHES: dict[Any, Callable[..., Any]] = {
     RMS_NORM: _launch_rms_norm,
     RMS_NORMS: _launch_rms_norms,
@@ -243,4 +311,9 @@ _LAUNCHES: dict[Any, Callable[..., Any]] = {
     QK_RMS_NORM_ROPE: _launch_qk_rms_norm_rope,
     DUAL_RMS_NORM_ADD: partial(_launch_dual, 3),
     DUAL_RMS_NORM_ADD_RMS_NORM: partial(_launch_dual, 4),
+    RMS_NORM_BACKWARD: _launch_rms_norm_backward,
+    ADD_RMS_NORM_BACKWARD: _launch_add_rms_norm_backward,
+    RMS_NORM_ADD_BACKWARD: _launch_rms_norm_add_backward,
+    RMS_NORM_ADD_RMS_NORM_BACKWARD: _launch_rms_norm_add_rms_norm_backward,
+    QK_RMS_NORM_ROPE_BACKWARD: _launch_qk_rms_norm_rope_backward,
 }

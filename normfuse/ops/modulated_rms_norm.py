@@ -14,10 +14,10 @@ from normfuse.ops.modulation import Modulation, modulated, modulated_backward
 from normfuse.ops.registration import register
 from normfuse.ops.rms_norm import (
     check_plan,
-    rms_norm_backward,
     rms_norm_fake,
     rms_norm_reference,
 )
+from normfuse.ops.rms_norm_backward import norm_gradients
 from normfuse.ops.rounding import RoundingPlan
 from normfuse.ops.validation import (
     check_activation,
@@ -97,7 +97,7 @@ def _backward(ctx: Any, grad_y: torch.Tensor | None, grad_rstd: torch.Tensor | N
         grad_y, grad_scale, grad_shift = modulated_backward(
             grad_y.to(rstd.dtype), y, scale, shift, scale_offset
         )
-    grad_x, grad_weight = rms_norm_backward(grad_y, grad_rstd, x, weight, rstd, offset)
+    grad_x, grad_weight = norm_gradients(grad_y, grad_rstd, x, weight, rstd, offset)
     return grad_x.to(x.dtype), grad_scale, grad_shift, grad_weight, *(None,) * 5
 
 

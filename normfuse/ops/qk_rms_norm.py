@@ -12,13 +12,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-from normfuse.ops.registration import register
+from normfuse.ops.one_launch import obstacle_to_one_launch
+from normfuse.ops.qk_rms_norm_rope_backward import (
+    QK_RMS_NORM_ROPE_BACKWARD,
+)
+from normfuse.ops.registration import needs_plain_torch, register
 from normfuse.ops.rms_norm import (
     check_plan,
-    rms_norm_backward,
     rms_norm_fake,
     rms_norm_reference,
 )
+from normfuse.ops.rms_norm_backward import norm_gradients
 from normfuse.ops.rms_norms import weight_of_each
 from normfuse.ops.rounding import RoundingPlan
 from normfuse.ops.validation import check_activation, check_eps, check_weight
@@ -87,23 +91,6 @@ def _cuda(
     return launch(xs, weight_of_each(weights, plans), eps, offsets, parsed)
 
 
-MAX_NORMS = 3
-MAX_WIDTH = 16384
-MAX_DIMS = 4
-
-
-def obstacle_to_one_launch(xs: Sequence[torch.Tensor]) -> str | None:
-    """Why the kernel cannot take these tensors, as a sentence; None if it can."""
-    if len(xs) > MAX_NORMS:
-        return f"one launch takes up to {MAX_NORMS} tensors, not {len(xs)}"
-    for x in xs:
-        if x.shape[-1] > MAX_WIDTH:
-            return f"a row of {x.shape[-1]} is wider than the {MAX_WIDTH} that a program holds"
-        if x.dim() > MAX_DIMS:
-            return f"a tensor of {x.dim()} dimensions has more than the {MAX_DIMS} of the kernel"
-    return None
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Sequence[torch.Tensor]) -> None:
     xs, weights, _, offsets, plans = inputs
     ctx.save_for_backward(*xs, *weights, *output[len(xs) :])
@@ -114,10 +101,53 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Sequence[torch.Ten
 def _backward(ctx: Any, grads: Gradients) -> Any:
     num = len(ctx.plans)
     xs, weights, rstds = split_saved(ctx.saved_tensors, num)
-    grad_xs, grad_weights = norms_backward(
-        grads[:num], grads[num:], xs, weights, rstds, ctx.offsets, ctx.plans
+    norms = (xs, weights, rstds, ctx.offsets, ctx.plans)
+    if needs_plain_torch() or any(grad is not None for grad in grads[num:]):
+        return *norms_backward(grads[:num], grads[num:], *norms), None, None, None
+    mask = ctx.needs_input_grad[:2]
+    return *norms_gradients(grads[:num], *norms, None, None, ["none"] * num, mask), *(None,) * 3
+
+
+def norms_gradients(
+    grads: Gradients,
+    xs: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    rstds: Sequence[torch.Tensor],
+    offsets: Sequence[float],
+    plans: Sequence[str],
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    rotations: Sequence[str],
+    wanted: Sequence[Sequence[bool]],
+) -> tuple[list[torch.Tensor | None], list[torch.Tensor | None]]:
+    """The gradients of xs and weights, by one op for all results that have one."""
+    owners = [index for index, plan in enumerate(plans) if RoundingPlan.parse(plan).weight]
+    live = [index for index, grad in enumerate(grads) if grad is not None]
+    live_weights = [i for i, owner in enumerate(owners) if owner in live]
+    mask = [wanted[0][i] for i in live] + [wanted[1][i] for i in live_weights]
+    grad_xs: list[torch.Tensor | None] = [None] * len(xs)
+    grad_weights: list[torch.Tensor | None] = [None] * len(weights)
+    if not any(mask):
+        return grad_xs, grad_weights
+    found = iter(
+        QK_RMS_NORM_ROPE_BACKWARD(
+            [xs[i] for i in live],
+            [grads[i] for i in live],
+            [weights[i] for i in live_weights],
+            [rstds[i] for i in live],
+            cos,
+            sin,
+            [offsets[i] for i in live],
+            [plans[i] for i in live],
+            [rotations[i] for i in live],
+            mask,
+        )
     )
-    return grad_xs, grad_weights, None, None, None
+    for index in live:
+        grad_xs[index] = next(found) if wanted[0][index] else None
+    for index in live_weights:
+        grad_weights[index] = next(found) if wanted[1][index] else None
+    return grad_xs, grad_weights
 
 
 def split_saved(saved: Sequence[Any], num: int) -> tuple[Any, Any, Any]:
@@ -139,7 +169,7 @@ def norms_backward(
     for grad_y, grad_rstd, x, weight, rstd, offset in zip(
         grad_ys, grad_rstds, xs, weight_of_each(weights, plans), rstds, offsets, strict=True
     ):
-        grad_x, grad_weight = rms_norm_backward(grad_y, grad_rstd, x, weight, rstd, offset)
+        grad_x, grad_weight = norm_gradients(grad_y, grad_rstd, x, weight, rstd, offset)
         grad_xs.append(grad_x.to(x.dtype))
         if weight is not None:
             grad_weights.append(grad_weight)

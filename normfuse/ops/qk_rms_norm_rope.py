@@ -11,17 +11,18 @@ from typing import Any
 
 import torch
 
+from normfuse.ops.one_launch import obstacle_to_one_launch
 from normfuse.ops.qk_rms_norm import (
     Gradients,
     QKRMSNorm,
     checked_norms,
     norms_backward,
-    obstacle_to_one_launch,
+    norms_gradients,
     qk_rms_norm_fake,
     qk_rms_norm_reference,
     split_saved,
 )
-from normfuse.ops.registration import register
+from normfuse.ops.registration import needs_plain_torch, register
 from normfuse.ops.rms_norm import rms_norm_reference
 from normfuse.ops.rms_norms import weight_of_each
 from normfuse.ops.rotation import (
@@ -107,6 +108,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Sequence[torch.Ten
 
 
 def _backward(ctx: Any, grads: Gradients) -> Any:
+    num = len(ctx.plans)
+    tables_learn = any(ctx.needs_input_grad[2:4])
+    if needs_plain_torch() or tables_learn or any(grad is not None for grad in grads[num:]):
+        return _plain_gradients(ctx, grads)
+    cos, sin, *saved = ctx.saved_tensors
+    norms = (*split_saved(saved, num), ctx.offsets, ctx.plans)
+    wanted = ctx.needs_input_grad[:2]
+    gradients = norms_gradients(grads[:num], *norms, cos, sin, ctx.rotations, wanted)
+    return *gradients, *(None,) * 6
+
+
+def _plain_gradients(ctx: Any, grads: Gradients) -> Any:
     num = len(ctx.plans)
     cos, sin, *saved = ctx.saved_tensors
     xs, weights, rstds = split_saved(saved, num)

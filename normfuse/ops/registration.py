@@ -39,3 +39,38 @@ def register(
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
     overload: torch._ops.OpOverload = getattr(torch.ops.normfuse, name).default
     return overload
+
+
+def register_gradient(
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    cuda: Callable[..., Any],
+) -> torch._ops.OpOverload:
+    """Define an op that computes gradients, as `register`; it has no gradient of its own.
+
+    Its `output_mask` says which results are wanted; the others are None, as in ATen. Where
+    gradients of gradients are wanted, `needs_plain_torch` sends the caller to the formula.
+    """
+    name = schema[: schema.index("(")]
+
+    def refuse(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(
+            f"normfuse::{name} must not be differentiated: differentiate the op whose gradient "
+            "it is, with create_graph=True"
+        )
+
+    return register(
+        schema,
+        reference=reference,
+        fake=fake,
+        cuda=cuda,
+        setup_context=lambda ctx, inputs, output: None,
+        backward=refuse,
+    )
+
+
+def needs_plain_torch() -> bool:
+    """Whether a backward that runs now is itself recorded (`create_graph=True`)."""
+    return torch.is_grad_enabled()

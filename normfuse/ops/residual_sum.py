@@ -40,6 +40,20 @@ class Scales(NamedTuple):
             None if isinstance(total, torch.Tensor) else total,
         )
 
+    def learn(self) -> bool:
+        """Whether a factor wants a gradient."""
+        return any(
+            t is not None and t.requires_grad for t in (self.branch_tensor, self.total_tensor)
+        )
+
+    def scale_branch(self) -> bool:
+        """Whether the branch has a factor."""
+        return self.branch is not None or self.branch_tensor is not None
+
+    def scale_total(self) -> bool:
+        """Whether the sum has a factor."""
+        return self.total is not None or self.total_tensor is not None
+
 
 class SumGradients(NamedTuple):
     """Gradients of a residual sum; those of branch and residual are not rounded yet."""
@@ -65,23 +79,28 @@ def residual_sum(branch: torch.Tensor, residual: torch.Tensor, scales: Scales) -
 
 def residual_sum_backward(
     grad_total: torch.Tensor,
-    branch: torch.Tensor,
-    residual: torch.Tensor,
+    branch: torch.Tensor | None,
+    residual: torch.Tensor | None,
     scales: Scales,
 ) -> SumGradients:
-    """Gradients for `grad_total` (..., N), in the type in which gradients accumulate."""
+    """Gradients for `grad_total` (..., N), in the type in which gradients accumulate.
+
+    Those of the factors need branch and residual; without these, they are None.
+    """
+    grad_sum = scaled(grad_total, scales.total, scales.total_tensor)
+    grad_branch = scaled(grad_sum, scales.branch, scales.branch_tensor)
+    if branch is None or residual is None:
+        return SumGradients(grad_branch, grad_sum, None, None)
     grad_total_tensor = grad_branch_tensor = None
     if scales.total_tensor is not None:
         unscaled = scaled(
             residual + scaled(branch, scales.branch, scales.branch_tensor), scales.total, None
         )
         grad_total_tensor = _reduced(grad_total * unscaled, scales.total_tensor)
-    grad_sum = scaled(grad_total, scales.total, scales.total_tensor)
     if scales.branch_tensor is not None:
         grad_branch_tensor = _reduced(
             grad_sum * scaled(branch, scales.branch, None), scales.branch_tensor
         )
-    grad_branch = scaled(grad_sum, scales.branch, scales.branch_tensor)
     return SumGradients(grad_branch, grad_sum, grad_branch_tensor, grad_total_tensor)
 
 

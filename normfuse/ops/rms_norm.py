@@ -7,11 +7,13 @@ that no folded copy of the weight exists that could go stale.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from normfuse.ops.registration import register
+from normfuse.ops.registration import needs_plain_torch, register
+from normfuse.ops.rms_norm_backward import RMS_NORM_BACKWARD, norm_gradients
 from normfuse.ops.rounding import L2, RoundingPlan
 from normfuse.ops.validation import check_activation, check_eps, check_weight
 
@@ -108,50 +110,40 @@ def _cuda(
     return launch(x, weight, eps_tensor, eps, offset, RoundingPlan.parse(plan))
 
 
-def rms_norm_backward(
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    x, weight, _, _, offset, plan = inputs
+    ctx.save_for_backward(x, weight, output[1])
+    ctx.norm = (offset, plan)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_y: torch.Tensor | None, grad_rstd: torch.Tensor | None) -> Any:
+    x, weight, rstd = ctx.saved_tensors
+    offset, plan = ctx.norm
+    mask = ctx.needs_input_grad[:2]
+    grads = gradients(grad_y, grad_rstd, x, weight, rstd, offset, plan, mask)
+    return *grads, None, None, None, None
+
+
+def gradients(
     grad_y: torch.Tensor | None,
     grad_rstd: torch.Tensor | None,
     x: torch.Tensor,
     weight: torch.Tensor | None,
     rstd: torch.Tensor,
     offset: float,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Gradients of x (in the statistic's type, unrounded) and weight (in the weight's type).
-
-    With unit = x * rstd and g = grad_y * (weight + offset):
-        grad_x = rstd * (g - unit * mean(g * unit)) - grad_rstd * rstd^3 * x / N
-        grad_weight = sum over rows of grad_y * unit
-    """
-    h = x.to(rstd.dtype)
-    unit = h * rstd
-    grad_x = torch.zeros_like(h)
-    grad_weight = None
-    if grad_y is not None:
-        g = grad_y.to(rstd.dtype)
-        if weight is not None:
-            grad_weight = (
-                (g * unit).flatten(0, -2).sum(0).to(weight.dtype)
-                if x.dim() > 1
-                else (g * unit).to(weight.dtype)
-            )
-            g = g * (weight.to(rstd.dtype) + offset)
-        grad_x = rstd * (g - unit * (g * unit).mean(-1, keepdim=True))
-    if grad_rstd is not None:
-        grad_x = grad_x - grad_rstd * rstd.pow(3) * h / x.shape[-1]
-    return grad_x, grad_weight
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    x, weight, _, _, offset, _ = inputs
-    ctx.save_for_backward(x, weight, output[1])
-    ctx.offset = offset
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, grad_y: torch.Tensor | None, grad_rstd: torch.Tensor | None) -> Any:
-    x, weight, rstd = ctx.saved_tensors
-    grad_x, grad_weight = rms_norm_backward(grad_y, grad_rstd, x, weight, rstd, ctx.offset)
-    return grad_x.to(x.dtype), grad_weight, None, None, None, None
+    plan: str,
+    output_mask: Sequence[bool],
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of x and weight, in their types: by one op unless they need more than it has."""
+    if grad_y is not None and grad_rstd is None and not needs_plain_torch():
+        grads = RMS_NORM_BACKWARD(grad_y, x, weight, rstd, offset, plan, list(output_mask))
+        return grads[0], grads[1]
+    mean = RoundingPlan.parse(plan).mean
+    grad_x, grad_weight = norm_gradients(
+        grad_y, grad_rstd, x, weight, rstd, offset, mean=mean, output_mask=output_mask
+    )
+    return None if grad_x is None else grad_x.to(x.dtype), grad_weight
 
 
 RMS_NORM = register(

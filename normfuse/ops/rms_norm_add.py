@@ -10,14 +10,16 @@ from typing import Any
 
 import torch
 
-from normfuse.ops.registration import register
+from normfuse.ops.registration import needs_plain_torch, register
 from normfuse.ops.residual_sum import SCALE_SCHEMA, Scales, residual_sum, residual_sum_backward
 from normfuse.ops.rms_norm import (
     check_plan,
-    rms_norm_backward,
+    gradients,
     rms_norm_fake,
     rms_norm_reference,
 )
+from normfuse.ops.rms_norm_add_backward import RMS_NORM_ADD_BACKWARD
+from normfuse.ops.rms_norm_backward import norm_gradients
 from normfuse.ops.rounding import RoundingPlan
 from normfuse.ops.validation import (
     check_activation,
@@ -70,25 +72,46 @@ def _cuda(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     x, residual, weight, branch_tensor, total_tensor, branch, total, eps, offset, plan = inputs
-    ctx.save_for_backward(x, residual, weight, branch_tensor, total_tensor, output[1])
+    scales = Scales(branch_tensor, total_tensor, branch, total)
+    operand = residual if scales.learn() else None
+    ctx.save_for_backward(x, operand, weight, branch_tensor, total_tensor, output[1])
     ctx.numbers = (branch, total)
     ctx.norm = (eps, offset, plan)
+    ctx.dtypes = (residual.dtype, output[0].dtype)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_total: torch.Tensor | None, grad_rstd: torch.Tensor | None) -> Any:
     x, residual, weight, branch_tensor, total_tensor, rstd = ctx.saved_tensors
-    eps, offset, plan = ctx.norm
-    if grad_total is None:
-        grad_x, _ = rms_norm_backward(None, grad_rstd, x, weight, rstd, offset)
-        return grad_x.to(x.dtype), *(None,) * 9
+    _, offset, plan = ctx.norm
     scales = Scales(branch_tensor, total_tensor, *ctx.numbers)
-    branch, _ = rms_norm_reference(x, weight, None, eps, offset, plan)
+    wants_x, wants_residual, wants_weight = ctx.needs_input_grad[:3]
+    if grad_total is None:
+        norm = (weight, rstd, offset, plan, (wants_x, wants_weight))
+        grad_x, grad_weight = gradients(None, grad_rstd, x, *norm)
+        return grad_x, None, grad_weight, *(None,) * 7
+    if grad_rstd is not None or residual is not None or needs_plain_torch():
+        return _plain_gradients(ctx, grad_total, grad_rstd)
+    passes = ctx.dtypes[0] == ctx.dtypes[1] and not scales.scale_total()
+    grad_x, grad_residual, grad_weight = RMS_NORM_ADD_BACKWARD(
+        grad_total, x, weight, rstd, *scales, offset, plan, ctx.dtypes[0],
+        [wants_x, wants_residual and not passes, wants_weight],
+    )  # fmt: skip
+    return grad_x, grad_total if passes else grad_residual, grad_weight, *(None,) * 7
+
+
+def _plain_gradients(ctx: Any, grad_total: torch.Tensor, grad_rstd: torch.Tensor | None) -> Any:
+    x, residual, weight, branch_tensor, total_tensor, rstd = ctx.saved_tensors
+    eps, offset, plan = ctx.norm
+    scales = Scales(branch_tensor, total_tensor, *ctx.numbers)
+    branch = None
+    if residual is not None:
+        branch, _ = rms_norm_reference(x, weight, None, eps, offset, plan)
     grads = residual_sum_backward(grad_total, branch, residual, scales)
-    grad_x, grad_weight = rms_norm_backward(grads.branch, grad_rstd, x, weight, rstd, offset)
+    grad_x, grad_weight = norm_gradients(grads.branch, grad_rstd, x, weight, rstd, offset)
     return (
         grad_x.to(x.dtype),
-        grads.residual.to(residual.dtype),
+        grads.residual.to(ctx.dtypes[0]),
         grad_weight,
         grads.branch_tensor,
         grads.total_tensor,

@@ -10,15 +10,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from normfuse.ops.registration import register
+from normfuse.ops.registration import needs_plain_torch, register
 from normfuse.ops.residual_sum import SCALE_SCHEMA, Scales, residual_sum_backward
 from normfuse.ops.rms_norm import (
     check_plan,
-    rms_norm_backward,
     rms_norm_fake,
     rms_norm_reference,
 )
 from normfuse.ops.rms_norm_add import rms_norm_add_fake, rms_norm_add_reference
+from normfuse.ops.rms_norm_add_rms_norm_backward import RMS_NORM_ADD_RMS_NORM_BACKWARD
+from normfuse.ops.rms_norm_backward import norm_gradients
 from normfuse.ops.rounding import RoundingPlan
 from normfuse.ops.validation import (
     check_activation,
@@ -106,11 +107,15 @@ def _cuda(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     x, residual, weight_1, weight_2, branch_tensor, total_tensor, *numbers = inputs
-    branch, total_number, eps_1, offset_1, plan_1, _, offset_2, _ = numbers
-    ctx.save_for_backward(x, residual, weight_1, weight_2, branch_tensor, total_tensor, *output[1:])
+    branch, total_number, eps_1, offset_1, plan_1, _, offset_2, plan_2 = numbers
+    scales = Scales(branch_tensor, total_tensor, branch, total_number)
+    operand = residual if scales.learn() else None
+    weights = (weight_1, weight_2)
+    ctx.save_for_backward(x, operand, *weights, branch_tensor, total_tensor, *output[1:])
     ctx.numbers = (branch, total_number)
-    ctx.norm_1 = (eps_1, offset_1, plan_1)
-    ctx.offset_2 = offset_2
+    ctx.eps_1 = eps_1
+    ctx.norms = (offset_1, plan_1, offset_2, plan_2)
+    ctx.dtype = residual.dtype
     ctx.set_materialize_grads(False)
 
 
@@ -123,21 +128,40 @@ def _backward(
 ) -> Any:
     x, residual, weight_1, weight_2, branch_tensor, total_tensor, *saved = ctx.saved_tensors
     total, rstd_1, rstd_2 = saved
-    eps_1, offset_1, plan_1 = ctx.norm_1
-    grad, grad_weight_2 = rms_norm_backward(
-        grad_y, grad_rstd_2, total, weight_2, rstd_2, ctx.offset_2
-    )
+    grad_rstds = (grad_rstd_1, grad_rstd_2)
+    is_plain = residual is not None or any(grad is not None for grad in grad_rstds)
+    if grad_y is None or is_plain or needs_plain_torch():
+        return _plain_gradients(ctx, grad_y, grad_total, *grad_rstds)
+    scales = Scales(branch_tensor, total_tensor, *ctx.numbers)
+    grads = RMS_NORM_ADD_RMS_NORM_BACKWARD(
+        grad_y, grad_total, x, total, weight_1, weight_2, rstd_1, rstd_2, *scales, *ctx.norms,
+        ctx.dtype, list(ctx.needs_input_grad[:4]),
+    )  # fmt: skip
+    return *grads, *(None,) * 10
+
+
+def _plain_gradients(
+    ctx: Any,
+    grad_y: torch.Tensor | None,
+    grad_total: torch.Tensor | None,
+    grad_rstd_1: torch.Tensor | None,
+    grad_rstd_2: torch.Tensor | None,
+) -> Any:
+    x, residual, weight_1, weight_2, branch_tensor, total_tensor, *saved = ctx.saved_tensors
+    total, rstd_1, rstd_2 = saved
+    offset_1, plan_1, offset_2, _ = ctx.norms
+    grad, grad_weight_2 = norm_gradients(grad_y, grad_rstd_2, total, weight_2, rstd_2, offset_2)
     if grad_total is not None:
         grad = grad + grad_total
-    branch, _ = rms_norm_reference(x, weight_1, None, eps_1, offset_1, plan_1)
+    branch = None
+    if residual is not None:
+        branch, _ = rms_norm_reference(x, weight_1, None, ctx.eps_1, offset_1, plan_1)
     scales = Scales(branch_tensor, total_tensor, *ctx.numbers)
     grads = residual_sum_backward(grad, branch, residual, scales)
-    grad_x, grad_weight_1 = rms_norm_backward(
-        grads.branch, grad_rstd_1, x, weight_1, rstd_1, offset_1
-    )
+    grad_x, grad_weight_1 = norm_gradients(grads.branch, grad_rstd_1, x, weight_1, rstd_1, offset_1)
     return (
         grad_x.to(x.dtype),
-        grads.residual.to(residual.dtype),
+        grads.residual.to(ctx.dtype),
         grad_weight_1,
         grad_weight_2,
         grads.branch_tensor,

@@ -14,10 +14,10 @@ import torch
 from normfuse.ops.registration import register
 from normfuse.ops.rms_norm import (
     check_plan,
-    rms_norm_backward,
     rms_norm_fake,
     rms_norm_reference,
 )
+from normfuse.ops.rms_norm_backward import norm_gradients
 from normfuse.ops.rounding import RoundingPlan
 from normfuse.ops.validation import check_activation, check_eps, check_weight
 
@@ -95,13 +95,13 @@ def _backward(ctx: Any, grads: list[torch.Tensor | None]) -> Any:
     """The gradients of x add up, because every norm reads it."""
     x, rstd, *weights = ctx.saved_tensors
     *grad_ys, grad_rstd = grads
-    grad_x, _ = rms_norm_backward(None, grad_rstd, x, None, rstd, 0.0)
+    grad_x, _ = norm_gradients(None, grad_rstd, x, None, rstd, 0.0)
     grad_weights = []
     for weight, grad_y, offset, scale in zip(
         weight_of_each(weights, ctx.norms[2]), grad_ys, *ctx.norms[:2], strict=True
     ):
         scaled = None if grad_y is None else grad_y.to(rstd.dtype) * scale
-        grad, grad_weight = rms_norm_backward(scaled, None, x, weight, rstd, offset)
+        grad, grad_weight = norm_gradients(scaled, None, x, weight, rstd, offset)
         grad_x = grad_x + grad
         if weight is not None:
             grad_weights.append(grad_weight)

@@ -158,7 +158,9 @@ def interpret_graph(
 
     def inner_compile(inner: GraphModule, inputs: Sequence[Any], **keywords: Any) -> Any:
         is_inference = not (keywords.get("is_backward") or _is_training_forward(keywords))
-        with V.set_fake_mode(_mode_of(inputs) or FakeTensorMode(allow_non_fake_inputs=True)):
+        # A backward is compiled when it first runs, outside of what compile_fx has set up.
+        fake_mode = _mode_of([node.meta.get("val") for node in inner.graph.nodes])
+        with V.set_fake_mode(fake_mode or FakeTensorMode(allow_non_fake_inputs=True)):
             _recursive_post_grad_passes(inner, is_inference=is_inference)
         if finished is not None and not keywords.get("is_backward"):
             finished(inner)

@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from normfuse.ops import QK_RMS_NORM, QK_RMS_NORM_ROPE, RMS_NORM
-from normfuse.ops.qk_rms_norm import MAX_NORMS
+from normfuse.ops.one_launch import MAX_NORMS
 from normfuse.patterns.columns import chain_of, value_key
 from normfuse.patterns.micro_ops import Kind, fake_of, micro_op, same_sizes, tensor
 from normfuse.patterns.mutation import written_by

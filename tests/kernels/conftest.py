@@ -1,6 +1,7 @@
 """The interpreter, one process for the session."""
 
 import pytest
+import torch
 
 from tests.kernels import interpreted
 
@@ -27,3 +28,24 @@ def narrow_tile(request):
     from normfuse.ops.kernels.tile import Launch
 
     return Launch(rows=2, block=16, num_warps=1, few=request.param)
+
+
+@pytest.fixture
+def few_programs():
+    """The launch of the backward kernels for a width, with three programs for all rows."""
+    from dataclasses import replace
+
+    from normfuse.ops.kernels.tile_backward import BackwardLaunch
+
+    def launch(width, dtype=torch.float32, **settings):
+        return replace(BackwardLaunch.for_shape(width, 3, dtype, **settings), programs=3)
+
+    return launch
+
+
+@pytest.fixture
+def streamed():
+    """A launch of the backward kernels that holds no row: chunks of 32 elements, three programs."""
+    from normfuse.ops.kernels.tile_backward import BackwardLaunch
+
+    return BackwardLaunch(rows=1, block=32, chunks=4, held=False, num_warps=1, programs=3)

@@ -1,0 +1,108 @@
+"""The kernel of `qk_rms_norm_rope_backward`, interpreted."""
+
+import pytest
+import torch
+
+from normfuse.ops.qk_rms_norm_rope_backward import (
+    for_launch,
+    qk_rms_norm_rope_backward_fake,
+    qk_rms_norm_rope_backward_reference,
+)
+from normfuse.ops.rounding import RoundingPlan
+from tests.float64 import assert_as_close_as_eager
+from tests.kernels.backward import rstd_of
+from tests.kernels.inputs import BF16, F16, F32, VIEWS, gemma, layouts, random
+from tests.kernels.test_qk_rms_norm_rope import ROTATIONS, queries_and_keys, rotation, tables
+
+STEM = "qk_rms_norm_rope_backward"
+WEIGHTED, WEIGHTLESS = str(gemma(BF16)), str(RoundingPlan.once(BF16, None))
+
+
+def backward(
+    launch, xs, plans, turns, cos_sin=(None, None), *, mask=None, weights=None, **settings
+):
+    """The interpreted kernel's gradients, compared with those of the reference."""
+    grads = [random(*x.shape, dtype=x.dtype) for x in xs]
+    weighted = [x for x, plan in zip(xs, plans, strict=True) if plan == WEIGHTED]
+    weights = weights or [random(x.shape[-1], dtype=x.dtype) for x in weighted]
+    mask = mask or [True] * (len(xs) + len(weights))
+    numbers = ([1.0] * len(xs), plans, turns, mask)
+    arguments = (xs, grads, weights, [rstd_of(x) for x in xs], *cos_sin, *numbers)
+
+    results = launch(STEM, *for_launch(arguments), **settings)
+
+    assert layouts(results) == layouts(qk_rms_norm_rope_backward_fake(*arguments))
+    plain = qk_rms_norm_rope_backward_reference(*arguments)
+    exact = qk_rms_norm_rope_backward_reference(*map(wide, arguments[:6]), *numbers)
+    for result, expected, value in zip(results, plain, exact, strict=True):
+        assert_as_close_as_eager(result, expected, value)
+    return results
+
+
+def wide(argument):
+    if isinstance(argument, list):
+        return [tensor.double() for tensor in argument]
+    return None if argument is None else argument.double()
+
+
+@pytest.mark.parametrize("name", ROTATIONS)
+def test_every_rotation(launch, name):
+    xs = queries_and_keys(random, BF16)
+
+    backward(launch, xs, [WEIGHTED] * 2, [rotation(name, BF16)] * 2, tables(name, BF16))
+
+
+@pytest.mark.parametrize("dtype", [F16, F32])
+def test_types(launch, dtype):
+    xs, turns = queries_and_keys(random, dtype), [rotation("half", dtype)] * 2
+
+    backward(launch, xs, [WEIGHTED] * 2, turns, tables("half", dtype))
+
+
+def test_a_value_beside_them_does_not_turn(launch):
+    xs = [*queries_and_keys(random, BF16), random(2, 5, 3, 40)]
+    turns = [rotation("half", BF16)] * 2 + ["none"]
+
+    backward(launch, xs, [WEIGHTED] * 2 + [WEIGHTLESS], turns, tables("half", BF16))
+
+
+def test_more_rows_than_programs(launch):
+    xs = [random(2, 4, 40, 64), random(2, 2, 40, 64)]
+    cos_sin = [random(1, 1, 40, 64) for _ in range(2)]
+
+    backward(launch, xs, [WEIGHTED] * 2, [rotation("half", BF16)] * 2, cos_sin, programs=3)
+
+
+@pytest.mark.parametrize("view", [name for name in VIEWS if name != "four strides"])
+def test_takes_rows_of_any_strides(launch, view):
+    """Strides of four levels are declined before a launch."""
+    backward(launch, [VIEWS[view](), random(3, 24)], [WEIGHTED, WEIGHTLESS], ["none"] * 2)
+
+
+@pytest.mark.parametrize("widths", [(1, 3), (769, 16), (2048, 512)])
+def test_widths_may_differ(launch, widths):
+    backward(launch, [random(5, width) for width in widths], [WEIGHTED] * 2, ["none"] * 2)
+
+
+def test_an_empty_tensor_beside_a_full_one(launch):
+    backward(launch, [random(0, 64), random(3, 64)], [WEIGHTED] * 2, ["none"] * 2)
+
+
+@pytest.mark.parametrize("mask", [[True, True, False, False], [False, False, True, True]])
+def test_computes_only_what_is_wanted(launch, mask):
+    xs, turns = queries_and_keys(random, BF16), [rotation("half", BF16)] * 2
+
+    results = backward(launch, xs, [WEIGHTED] * 2, turns, tables("half", BF16), mask=mask)
+
+    assert len(results) == 2
+
+
+def test_the_same_bits_twice(launch):
+    xs, cos_sin = queries_and_keys(random, BF16), tables("half", BF16)
+    rstds, weights = [rstd_of(x) for x in xs], [random(64) for _ in xs]
+    numbers = ([0.0] * 2, [WEIGHTED] * 2, [rotation("half", BF16)] * 2, [True] * 4)
+    arguments = for_launch((xs, xs, weights, rstds, *cos_sin, *numbers))
+
+    first, second = (launch(STEM, *arguments) for _ in range(2))
+
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
