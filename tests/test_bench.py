@@ -319,6 +319,24 @@ class TestCommand:
         assert complaint in capsys.readouterr().err
 
 
+def test_no_panel_is_cut_off(tmp_path, monkeypatch):
+    """The panels share an axis, which must reach the highest of all, not of the first."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    limits = []
+    close = pyplot.close
+    monkeypatch.setattr(
+        pyplot, "close", lambda figure: (limits.append(figure.axes[0].get_ylim()), close(figure))
+    )
+    cells = [cell_record(ours=4.0, inductor=4.0), cell_record(ours=1.0, inductor=1.0)]
+    cells[1]["width"] = 8192
+    facts = {"gpu": "H200", "torch": "2.11"}
+    record = {"cells": cells, "ceiling_gb_s": 2000.0, "environment": facts}
+    plots.draw(record, tmp_path)
+    ((bottom, top),) = limits
+    assert bottom == 0
+    assert top > 2.0
+
+
 def test_colours_are_distinct():
     assert len(set(plots.STYLES.values())) == len(plots.STYLES)
 
