@@ -14,12 +14,26 @@ from tests.blocks import activation
 ROOT = Path(__file__).parent.parent
 
 
-def test_table_of_rules():
-    spec = importlib.util.spec_from_file_location("rules_table", ROOT / "tools/rules_table.py")
+def tool_named(name):
+    """A script of tools/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"tools/{name}.py")
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
+    return tool
+
+
+def test_table_of_rules():
+    tool = tool_named("rules_table")
     text = (ROOT / "README.md").read_text()
     assert tool.with_table(text) == text, "run: python tools/rules_table.py --write"
+
+
+def test_table_of_kernels():
+    tool = tool_named("kernels_table")
+    text = (ROOT / "README.md").read_text()
+    assert tool.with_section(text, tool.committed()) == text, (
+        "run: python tools/kernels_table.py --write"
+    )
 
 
 def test_graph_after():

@@ -69,9 +69,10 @@ def _draw_op(op: str, panels: dict[str, list[Record]], record: Record, path: Pat
         handles |= _draw_panel(axes, title, cells, record["ceiling_gb_s"])
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)
+    # The panels share it; set before all are drawn, it would stop following them.
+    grid[0][0].set_ylim(bottom=0)
     facts = record["environment"]
     figure.suptitle(f"{op}, bf16, cold, {facts['gpu']}, torch {facts['torch']}", fontsize=11)
-    figure.supxlabel("rows", fontsize=9)
     figure.supylabel("share of the limit, bytes / speed of a 1 GiB copy", fontsize=9)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path, dpi=130)
@@ -96,7 +97,7 @@ def _draw_panel(axes: Any, title: str, cells: list[Record], ceiling_gb_s: float)
         )
     axes.set_xscale("log", base=2)
     axes.set_title(title, fontsize=9)
-    axes.set_ylim(bottom=0)
+    axes.set_xlabel("rows", fontsize=7)
     axes.axhline(1.0, color="#999999", lw=0.6)
     axes.grid(alpha=0.3)
     axes.tick_params(labelsize=7)
