@@ -26,7 +26,6 @@ import triton.language as tl
 from normfuse.ops.kernels import rms_norm_backward
 from normfuse.ops.kernels.row import row_start, step
 from normfuse.ops.kernels.row_backward import (
-    at_row,
     load_weight,
     load_wide,
     norm_gradient,
@@ -107,7 +106,7 @@ def _rows(
         rstd_row = rstd_ptr + row_start(
             row, size_middle, size_inner, stride_rstd_outer, stride_rstd_middle, stride_rstd_inner
         )
-        grad_x_row = at_row(grad_x_ptr, row * N)
+        grad_x_row = None if grad_x_ptr is None else grad_x_ptr + row * N
         rstd = tl.load(rstd_row, mask=is_row, other=0.0).to(wide_type(WIDE))
         grads = ()
         for part in tl.static_range(NUM_PARTS):
@@ -117,11 +116,11 @@ def _rows(
                 row, size_middle, size_inner,
                 stride_table_outer, stride_table_middle, stride_table_inner,
             )  # fmt: skip
-            turned = _turned_back(
+            grad_a, grad_b = _turned_back(
                 grads[0], grads[1], cos_ptr + table, sin_ptr + table, stride_table,
                 pair, parts[0], parts[1], is_row & inside[0], DIM, COLS, START, WIDE,
             )  # fmt: skip
-            grads = turned + grads[2:]
+            grads = (grad_a, grad_b) + ((grads[2],) if DIM < N else ())
         units = ()
         mean = zeros(ROWS, 1, WIDE)
         for part in tl.static_range(NUM_PARTS):

@@ -23,7 +23,6 @@ import triton.language as tl
 
 from normfuse.ops.kernels.constants import NAMES
 from normfuse.ops.kernels.row_backward import (
-    at_row,
     load_rstd,
     load_scale,
     load_weight,
@@ -140,19 +139,20 @@ def rms_norm_add_rms_norm_backward_kernel(
         sums_2 += (zeros(ROWS, BLOCK, WIDE),)
         weights_1 += (load_weight(weight_1_ptr, chunk * BLOCK + all_cols, N),)
         weights_2 += (load_weight(weight_2_ptr, chunk * BLOCK + all_cols, N),)
-    # Two stages: the next rows are on their way while these are reduced.
-    STAGES: tl.constexpr = 2 if HELD else 1
+    STAGES: tl.constexpr = 2 if HELD else 1  # the next rows are on their way meanwhile
     num_tiles = tl.cdiv(num_rows, ROWS)
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), num_stages=STAGES):
         row = row_of_tile(tile, ROWS)
         rstd_1 = load_rstd(rstd_1_ptr, row, num_rows, WIDE)
         rstd_2 = load_rstd(rstd_2_ptr, row, num_rows, WIDE)
         grad_y_row = grad_y_ptr + row * stride_grad_y_row
-        grad_total_row = at_row(grad_total_ptr, row * stride_grad_total_row)
+        grad_total_row = (
+            None if grad_total_ptr is None else grad_total_ptr + row * stride_grad_total_row
+        )
         x_row = x_ptr + row * stride_x_row
         total_row = total_ptr + row * stride_total_row
-        grad_x_row = at_row(grad_x_ptr, row * N)
-        grad_residual_row = at_row(grad_residual_ptr, row * N)
+        grad_x_row = None if grad_x_ptr is None else grad_x_ptr + row * N
+        grad_residual_row = None if grad_residual_ptr is None else grad_residual_ptr + row * N
         if HELD:
             sums_1, sums_2 = _held_row(
                 sums_1, sums_2, weights_1, weights_2,

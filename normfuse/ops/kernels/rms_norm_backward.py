@@ -22,7 +22,6 @@ import triton.language as tl
 
 from normfuse.ops.kernels.constants import NAMES
 from normfuse.ops.kernels.row_backward import (
-    at_row,
     load_rstd,
     load_scale,
     load_weight,
@@ -119,10 +118,12 @@ def rms_norm_backward_kernel(
         row = row_of_tile(tile, ROWS)
         rstd = load_rstd(rstd_ptr, row, num_rows, WIDE)
         grad_y_row = grad_y_ptr + row * stride_grad_y_row
-        grad_total_row = at_row(grad_total_ptr, row * stride_grad_total_row)
+        grad_total_row = (
+            None if grad_total_ptr is None else grad_total_ptr + row * stride_grad_total_row
+        )
         x_row = x_ptr + row * stride_x_row
-        grad_x_row = at_row(grad_x_ptr, row * N)
-        grad_residual_row = at_row(grad_residual_ptr, row * N)
+        grad_x_row = None if grad_x_ptr is None else grad_x_ptr + row * N
+        grad_residual_row = None if grad_residual_ptr is None else grad_residual_ptr + row * N
         if HELD:
             sums = _held_row(
                 sums, weights, grad_y_row, grad_total_row, x_row, grad_x_row, grad_residual_row,

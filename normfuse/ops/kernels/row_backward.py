@@ -34,12 +34,6 @@ def load_rstd(rstd_ptr, row, num_rows, WIDE: tl.constexpr):
 
 
 @triton.jit
-def at_row(pointer, offset):
-    """Where a row of a tensor begins that may be absent."""
-    return None if pointer is None else pointer + offset
-
-
-@triton.jit
 def load_wide(pointer, cols, mask, WIDE: tl.constexpr):
     """A tile in the type in which gradients accumulate; zeros of a tensor that is absent."""
     if pointer is None:
