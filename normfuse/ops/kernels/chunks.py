@@ -89,6 +89,9 @@ def tile_at(
         if says(READS, WHEN):
             tile = tiles[index]
         else:
+            if not says(READS, "held"):
+                # One tile at a time: the compiler would read far ahead.
+                tl.debug_barrier()
             tile = load_tile(ptr, is_row, index, N, BLOCK, READS)
         return widened(tile)
 

@@ -17,8 +17,9 @@ from normfuse.ops.kernels.rows import known
 WARP_SIZE = 64 if torch.version.hip else 32
 MAX_THREADS = 1024
 VECTOR = 8  # elements of a row that a thread has in one tile: 16 bytes of a 16-bit type
-# The widest row that stays in registers, half of it in float64: beyond, kernels would spill on
-# sm_90 (tests/kernels/test_cross_compile.py).
+# The widest row that stays in registers, half of it in float64; see test_cross_compile.py. Wider ones
+# are read again for each step. Their tiles are unrolled, and on sm_90 rows of float32 and float64
+# with a gate or with two branches then spill: right, but slow.
 WIDEST_HELD = 32768
 
 
@@ -80,7 +81,8 @@ class Launch:
         rows = min(64, 2048 // width) if width <= 512 else 1
         threads = rows * width // ((8 if is_double else 16) // held)
         threads = min(MAX_THREADS, max(warp_size, threads))
-        block = min(width, max(VECTOR * threads, warp_size) // rows)
+        vector = VECTOR // 2 if is_double else VECTOR
+        block = min(width, max(vector * threads, warp_size) // rows)
         reads = "held" if cols <= widest // held else ""
         return cls(rows, block, threads // warp_size, reads, reads)
 
