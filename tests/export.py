@@ -46,5 +46,8 @@ def run_elsewhere(package, pairs, directory):
     torch.save(pairs, inputs)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, "-c", PROGRAM, package, str(inputs), str(results)]
-    subprocess.run(command, check=True, cwd=directory, env=environment)
+    process = subprocess.run(
+        command, capture_output=True, text=True, cwd=directory, env=environment
+    )
+    assert process.returncode == 0, process.stderr
     return torch.load(results)

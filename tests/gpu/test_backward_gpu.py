@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import normfuse
 from normfuse.ops.add_rms_norm_backward import (
     ADD_RMS_NORM_BACKWARD,
     add_rms_norm_backward_reference,
@@ -114,9 +115,7 @@ def test_a_compiled_step_has_eagers_gradients(block_class, formula, mode):
     inputs = [random(32, 8).requires_grad_() for _ in range(2)]
     upstream = random(32, 8)
 
-    settings = {"normfuse.lowering": "triton"}
-    settings |= {"triton.cudagraphs": True} if mode else {}
-    model = torch.compile(block, backend="normfuse", options=settings)
+    model = torch.compile(block, options=normfuse.options(mode, lowering="triton"))
     for _ in range(3):  # CUDA graphs are recorded by the second call
         torch.compiler.cudagraph_mark_step_begin()
         ours = [t.clone() for t in gradients(model, block, inputs, upstream)]
@@ -132,9 +131,9 @@ def test_a_compiled_step_has_eagers_gradients(block_class, formula, mode):
 def test_a_compiled_step_launches_kernels_and_calls_no_op():
     from torch._inductor.utils import run_and_get_code
 
-    block, settings = GemmaBlock().bfloat16(), {"normfuse.lowering": "triton"}
+    block = GemmaBlock().bfloat16()
     inputs = [random(32, 8).requires_grad_() for _ in range(2)]
-    model = torch.compile(block, backend="normfuse", options=settings)
+    model = torch.compile(block, options=normfuse.options(lowering="triton"))
 
     with torch._inductor.config.patch(force_disable_caches=True):
         _, codes = run_and_get_code(lambda: model(*inputs).sum().backward())
@@ -168,7 +167,7 @@ def test_a_step_takes_no_more_memory_than_plain_inductor(norm_class):
             model(*inputs).sum().backward()
         return torch.cuda.max_memory_allocated()
 
-    ours = peak(backend="normfuse", options={"normfuse.lowering": "triton"})
+    ours = peak(options=normfuse.options(lowering="triton"))
     # Four programs of a multiprocessor keep a row of sums each, until these are added up.
     partial_sums = 4 * 132 * 2048 * 4
     assert ours <= peak() + partial_sums

@@ -104,7 +104,7 @@ class Subject:
     def streams(self) -> tuple[int, int]:
         """How many large operands are read, and how many results are written."""
         large = math.prod(self.shapes[0][1]) // 2
-        num_read = sum(math.prod(shape) > large for _, shape in self.shapes)
+        num_read = sum(len(shape) > 1 and math.prod(shape) > large for _, shape in self.shapes)
         return num_read, 1 if self.cell.op.startswith("qk") else sum(self.used)
 
 

@@ -11,7 +11,7 @@ import triton
 
 from normfuse.ops.kernels.constants import NAMES, text
 from normfuse.ops.kernels.rows import as_vector, is_empty, num_rows, row_order
-from normfuse.ops.kernels.slots import ELEMENTS, SLOTS, Tables
+from normfuse.ops.kernels.slots import SLOTS, Tables
 from normfuse.ops.kernels.tile import WARP_SIZE, device_of
 from normfuse.ops.kernels.tile_backward import no_gradients, offset_of, sum_partials
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from normfuse.ops.rotation import Rotation
     from normfuse.ops.rounding import RoundingPlan
 
+ELEMENTS = 2048  # of 16 bits, of a program's tile, where its rows are no wider
 LEVELS = 3  # of leading dimensions, the most that a kernel addresses
 
 # Programs of 8 warps: three for each of the 132 multiprocessors that tile_backward.py speaks of.
