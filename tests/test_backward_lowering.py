@@ -19,9 +19,7 @@ from normfuse.passes import inductor, lower
 from normfuse.settings import Settings
 from tests.blocks import GemmaBlock, LlamaBlock, activation
 from tests.graphs import render
-from tests.test_lowering import LLAMA, kernels_on_cpu, lowered
-
-__all__ = ["kernels_on_cpu"]  # a fixture
+from tests.test_lowering import LLAMA, lowered
 
 pytest.importorskip("triton")
 

@@ -76,7 +76,9 @@ def assert_is_eager(block, *inputs, grad=False):
         report = explain_with(block, inputs, options={"normfuse.lowering": "op"})
         assert [(site.op, site.reason) for site in report.sites] == [("modulated_rms_norm", None)]
         result, expected = capture(block, lowering="op")(*inputs), block(*inputs)
-    assert torch.equal(result, expected)
+        # On some CPUs, the linear layer of a block is not eager's once it is captured.
+        untouched = capture(block, rules=[])(*inputs)
+    assert torch.equal(result, untouched)
     assert (result.dtype, result.stride()) == (expected.dtype, expected.stride())
 
 

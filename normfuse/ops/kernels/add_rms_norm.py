@@ -126,7 +126,7 @@ def add_rms_norm_kernel(
             xs, residuals, x_ptr, residual_ptr, branch_scale, total_scale, is_row, index,
             N, BLOCK, READS, BRANCH_SCALE, TOTAL_SCALE, SUM,
         )  # fmt: skip
-        store_tile(total_ptr, total, is_row, index, N, BLOCK, READS)
+        store_tile(total_ptr, total, is_row, index, N, BLOCK)
         totals = totals + (narrowed(total, step(SUM, "total")),)
         sums += squares(total, PLAN)
     root = root_of(sums, None, N, EPS, PLAN)
@@ -141,7 +141,7 @@ def add_rms_norm_kernel(
             )  # fmt: skip
         weight = tile_at(weights, weight_ptr, None, index, N, BLOCK, READS, "ahead")
         y = normalised(total, root, weight, OFFSET, PLAN, False)
-        store_tile(y_ptr, y, is_row, index, N, BLOCK, READS)
+        store_tile(y_ptr, y, is_row, index, N, BLOCK)
     store_inverse_root(rstd_ptr, root, row, num_rows, PLAN)
 
 

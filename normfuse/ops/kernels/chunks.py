@@ -141,10 +141,8 @@ def store_tile(
     index: tl.constexpr,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
-    READS: tl.constexpr,
 ):
     """Stores a tile where a result is asked for."""
     if ptr is not None:
         cols = columns(index, BLOCK)
-        POLICY: tl.constexpr = "evict_first" if says(READS, "dropped") else ""
-        tl.store(ptr + cols, value, mask=is_row & (cols < N), eviction_policy=POLICY)
+        tl.store(ptr + cols, value, mask=is_row & (cols < N))

@@ -225,7 +225,7 @@ def dual_rms_norm_add_kernel(
             root_3, branch_scale, total_scale, is_row, index,
             N, BLOCK, READS, BRANCH_SCALE, TOTAL_SCALE, SUM, OFFSET_3, PLAN_3,
         )  # fmt: skip
-        store_tile(total_ptr, total, is_row, index, N, BLOCK, READS)
+        store_tile(total_ptr, total, is_row, index, N, BLOCK)
         if y_ptr is not None:
             totals = totals + (narrowed(total, step(SUM, "total")),)
             sums_4 += squares(total, PLAN_4)
@@ -248,7 +248,7 @@ def dual_rms_norm_add_kernel(
                 )  # fmt: skip
             weight_4 = tile_at(weights_4, weight_4_ptr, None, index, N, BLOCK, READS, "ahead")
             y = normalised(total, root_4, weight_4, OFFSET_4, PLAN_4, False)
-            store_tile(y_ptr, y, is_row, index, N, BLOCK, READS)
+            store_tile(y_ptr, y, is_row, index, N, BLOCK)
     store_inverse_root(rstd_1_ptr, root_1, row, num_rows, PLAN_1)
     store_inverse_root(rstd_2_ptr, root_2, row, num_rows, PLAN_2)
     store_inverse_root(rstd_3_ptr, root_3, row, num_rows, PLAN_3)

@@ -160,7 +160,7 @@ def gated_rms_norm_kernel(
         if not GATE_FIRST:
             gate = tile_at(gates, gate_ptr, is_row, index, N, BLOCK, READS, "ahead")
             y = gated(y, gate, GATING)
-        store_tile(y_ptr, y, is_row, index, N, BLOCK, READS)
+        store_tile(y_ptr, y, is_row, index, N, BLOCK)
     store_inverse_root(rstd_ptr, root, row, num_rows, PLAN)
 
 

@@ -24,7 +24,7 @@ class Entry(NamedTuple):
     """The launch of rows of `narrowest` to `widest` elements; the fields of `tile.Launch`.
 
     `speedups` is what it gained over Inductor's default code at the width that was measured:
-    geometric means over 16, 64 and 512 rows, and over 4096 and 16384. None stands where only a
+    geometric means over 16, 64 and 512 rows, and over 2048 to 16384. None stands where only a
     related op was measured.
     """
 

@@ -84,7 +84,7 @@ def rms_norm_kernel(
         x = tile_at(xs, x_ptr, is_row, index, N, BLOCK, READS, "held")
         weight = tile_at(weights, weight_ptr, None, index, N, BLOCK, READS, "ahead")
         y = normalised(x, root, weight, OFFSET, PLAN, False)
-        store_tile(y_ptr, y, is_row, index, N, BLOCK, READS)
+        store_tile(y_ptr, y, is_row, index, N, BLOCK)
     store_inverse_root(rstd_ptr, root, row, num_rows, PLAN)
 
 

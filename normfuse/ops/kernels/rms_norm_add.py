@@ -98,7 +98,7 @@ def rms_norm_add_kernel(
         total = residual_sum(
             branch, residual, branch_scale, total_scale, BRANCH_SCALE, TOTAL_SCALE, SUM
         )
-        store_tile(total_ptr, total, is_row, index, N, BLOCK, READS)
+        store_tile(total_ptr, total, is_row, index, N, BLOCK)
     store_inverse_root(rstd_ptr, root, row, num_rows, PLAN)
 
 

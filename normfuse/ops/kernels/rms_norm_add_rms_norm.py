@@ -151,7 +151,7 @@ def rms_norm_add_rms_norm_kernel(
             root_1, branch_scale, total_scale, is_row, index,
             N, BLOCK, READS, BRANCH_SCALE, TOTAL_SCALE, SUM, OFFSET_1, PLAN_1,
         )  # fmt: skip
-        store_tile(total_ptr, total, is_row, index, N, BLOCK, READS)
+        store_tile(total_ptr, total, is_row, index, N, BLOCK)
         totals = totals + (narrowed(total, step(SUM, "total")),)
         sums_2 += squares(total, PLAN_2)
     root_2 = root_of(sums_2, None, N, EPS_2, PLAN_2)
@@ -167,7 +167,7 @@ def rms_norm_add_rms_norm_kernel(
             )  # fmt: skip
         weight_2 = tile_at(weights_2, weight_2_ptr, None, index, N, BLOCK, READS, "ahead")
         y = normalised(total, root_2, weight_2, OFFSET_2, PLAN_2, False)
-        store_tile(y_ptr, y, is_row, index, N, BLOCK, READS)
+        store_tile(y_ptr, y, is_row, index, N, BLOCK)
     store_inverse_root(rstd_1_ptr, root_1, row, num_rows, PLAN_1)
     store_inverse_root(rstd_2_ptr, root_2, row, num_rows, PLAN_2)
 

@@ -69,7 +69,7 @@ def _store_norm(
         weight = tile_at(weights, weight_ptr, None, index, N, BLOCK, READS, "ahead")
         y = normalised(x, root, weight, OFFSET, PLAN, False)
         y = scaled(y, None, SCALE, OUT, OUT, False)
-        store_tile(y_ptr, y, is_row, index, N, BLOCK, READS)
+        store_tile(y_ptr, y, is_row, index, N, BLOCK)
 
 
 @triton.jit
