@@ -71,14 +71,20 @@ def without_one(x, scale, shift):
     return norm(x) * scale + shift
 
 
+def has_linear(block):
+    modules = block.modules() if isinstance(block, torch.nn.Module) else ()
+    return any(isinstance(module, torch.nn.Linear) for module in modules)
+
+
 def assert_is_eager(block, *inputs, grad=False):
     with torch.set_grad_enabled(grad):
         report = explain_with(block, inputs, options={"normfuse.lowering": "op"})
         assert [(site.op, site.reason) for site in report.sites] == [("modulated_rms_norm", None)]
         result, expected = capture(block, lowering="op")(*inputs), block(*inputs)
-        # On some CPUs, the linear layer of a block is not eager's once it is captured.
         untouched = capture(block, rules=[])(*inputs)
     assert torch.equal(result, untouched)
+    # On some CPUs, a linear layer is not eager's once it is captured; then neither can the block be.
+    assert torch.equal(untouched, expected) or has_linear(block)
     assert (result.dtype, result.stride()) == (expected.dtype, expected.stride())
 
 

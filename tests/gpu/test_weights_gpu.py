@@ -10,17 +10,15 @@ from tests.weight_updates import (
     IN_PLACE,
     RECOMPILED,
     Norms,
-    change_the_type,
     data_copy,
     norms_and_input,
 )
 
 pytestmark = pytest.mark.gpu
 
-# Not `change_the_type`: on torch 2.11, Dynamo went on with the code compiled for bfloat16.
 EVERY_UPDATE = [
     *[(Norms, update) for update in (*IN_PLACE, *ELSEWHERE)],
-    *[case for case in RECOMPILED if case[1] is not change_the_type],
+    *RECOMPILED,
 ]
 
 

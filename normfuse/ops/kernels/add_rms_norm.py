@@ -70,7 +70,7 @@ def _total(
     branch_scale,
     total_scale,
     is_row,
-    index: tl.constexpr,
+    index,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
     READS: tl.constexpr,

@@ -27,7 +27,7 @@ def num_tiles(N, BLOCK):
 
 
 @triton.jit
-def columns(index: tl.constexpr, BLOCK: tl.constexpr):
+def columns(index, BLOCK: tl.constexpr):
     """The columns of one tile, (1, BLOCK)."""
     return index * BLOCK + tl.arange(0, BLOCK)[None, :]
 
@@ -44,9 +44,7 @@ def row_of(ptr, row, stride):
 
 
 @triton.jit
-def load_tile(
-    ptr, is_row, index: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, READS: tl.constexpr
-):
+def load_tile(ptr, is_row, index, N: tl.constexpr, BLOCK: tl.constexpr, READS: tl.constexpr):
     """One tile in the type that it has in memory, zero outside: it adds nothing to a sum.
 
     `is_row` is None for a weight, which all rows share.
@@ -78,7 +76,7 @@ def tile_at(
     tiles,
     ptr,
     is_row,
-    index: tl.constexpr,
+    index,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
     READS: tl.constexpr,
@@ -89,9 +87,6 @@ def tile_at(
         if says(READS, WHEN):
             tile = tiles[index]
         else:
-            if not says(READS, "held"):
-                # One tile at a time: the compiler would read far ahead.
-                tl.debug_barrier()
             tile = load_tile(ptr, is_row, index, N, BLOCK, READS)
         return widened(tile)
 
@@ -138,7 +133,7 @@ def store_tile(
     ptr,
     value,
     is_row,
-    index: tl.constexpr,
+    index,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
 ):

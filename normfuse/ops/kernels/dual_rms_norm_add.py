@@ -79,7 +79,7 @@ def _branch(
     root_1,
     root_2,
     is_row,
-    index: tl.constexpr,
+    index,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
     READS: tl.constexpr,
@@ -110,7 +110,7 @@ def _total(
     branch_scale,
     total_scale,
     is_row,
-    index: tl.constexpr,
+    index,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
     READS: tl.constexpr,
@@ -189,53 +189,79 @@ def dual_rms_norm_add_kernel(
     total_scale = load_scale(total_scale_ptr)
     sums_1 = zero_sums(ROWS, BLOCK, PLAN_1)
     sums_2 = zero_sums(ROWS, BLOCK, PLAN_2)
-    for index in tl.static_range(num_tiles(N, BLOCK)):
-        sums_1 += squares(tile_at(xs_1, x_1_ptr, is_row, index, N, BLOCK, READS, "held"), PLAN_1)
-        sums_2 += squares(tile_at(xs_2, x_2_ptr, is_row, index, N, BLOCK, READS, "held"), PLAN_2)
-    root_1, root_2 = roots_of_two(sums_1, sums_2, N, EPS_1, PLAN_1, EPS_2, PLAN_2)
-    xs_1, xs_2, residuals = fenced(xs_1, READS), fenced(xs_2, READS), fenced(residuals, READS)
-    weights_1, weights_2 = fenced(weights_1, READS), fenced(weights_2, READS)
     sums_3 = zero_sums(ROWS, BLOCK, PLAN_3)
-    branches = ()
-    for index in tl.static_range(num_tiles(N, BLOCK)):
-        branch = _branch(
-            xs_1, xs_2, weights_1, weights_2, x_1_ptr, x_2_ptr, weight_1_ptr, weight_2_ptr,
-            root_1, root_2, is_row, index,
-            N, BLOCK, READS, BRANCH, OFFSET_1, PLAN_1, OFFSET_2, PLAN_2,
-        )  # fmt: skip
-        branches = branches + (narrowed(branch, BRANCH),)
-        sums_3 += squares(branch, PLAN_3)
-    root_3 = root_of(sums_3, None, N, EPS_3, PLAN_3)
-    branches, weights_3 = fenced(branches, READS), fenced(weights_3, READS)
-    weights_4 = load_tiles(weight_4_ptr, None, N, BLOCK, READS, "ahead")
     if y_ptr is not None:
         sums_4 = zero_sums(ROWS, BLOCK, PLAN_4)
-    totals = ()
-    for index in tl.static_range(num_tiles(N, BLOCK)):
-        if says(READS, "held"):
-            branch = widened(branches[index])
-        else:
+    if says(READS, "held"):
+        for index in tl.static_range(num_tiles(N, BLOCK)):
+            sums_1 += squares(widened(xs_1[index]), PLAN_1)
+            sums_2 += squares(widened(xs_2[index]), PLAN_2)
+        root_1, root_2 = roots_of_two(sums_1, sums_2, N, EPS_1, PLAN_1, EPS_2, PLAN_2)
+        xs_1, xs_2, residuals = fenced(xs_1, READS), fenced(xs_2, READS), fenced(residuals, READS)
+        weights_1, weights_2 = fenced(weights_1, READS), fenced(weights_2, READS)
+        branches = ()
+        for index in tl.static_range(num_tiles(N, BLOCK)):
             branch = _branch(
                 xs_1, xs_2, weights_1, weights_2, x_1_ptr, x_2_ptr, weight_1_ptr, weight_2_ptr,
                 root_1, root_2, is_row, index,
                 N, BLOCK, READS, BRANCH, OFFSET_1, PLAN_1, OFFSET_2, PLAN_2,
             )  # fmt: skip
-        total = _total(
-            branch, residuals, weights_3, residual_ptr, weight_3_ptr,
-            root_3, branch_scale, total_scale, is_row, index,
-            N, BLOCK, READS, BRANCH_SCALE, TOTAL_SCALE, SUM, OFFSET_3, PLAN_3,
-        )  # fmt: skip
-        store_tile(total_ptr, total, is_row, index, N, BLOCK)
-        if y_ptr is not None:
-            totals = totals + (narrowed(total, step(SUM, "total")),)
-            sums_4 += squares(total, PLAN_4)
-    if y_ptr is not None:
-        root_4 = root_of(sums_4, None, N, EPS_4, PLAN_4)
-        totals, weights_4 = fenced(totals, READS), fenced(weights_4, READS)
+            branches = branches + (narrowed(branch, BRANCH),)
+            sums_3 += squares(branch, PLAN_3)
+        root_3 = root_of(sums_3, None, N, EPS_3, PLAN_3)
+        branches, weights_3 = fenced(branches, READS), fenced(weights_3, READS)
+        weights_4 = load_tiles(weight_4_ptr, None, N, BLOCK, READS, "ahead")
+        totals = ()
         for index in tl.static_range(num_tiles(N, BLOCK)):
-            if says(READS, "held"):
-                total = widened(totals[index])
-            else:
+            branch = widened(branches[index])
+            total = _total(
+                branch, residuals, weights_3, residual_ptr, weight_3_ptr,
+                root_3, branch_scale, total_scale, is_row, index,
+                N, BLOCK, READS, BRANCH_SCALE, TOTAL_SCALE, SUM, OFFSET_3, PLAN_3,
+            )  # fmt: skip
+            store_tile(total_ptr, total, is_row, index, N, BLOCK)
+            if y_ptr is not None:
+                totals = totals + (narrowed(total, step(SUM, "total")),)
+                sums_4 += squares(total, PLAN_4)
+        if y_ptr is not None:
+            root_4 = root_of(sums_4, None, N, EPS_4, PLAN_4)
+            totals, weights_4 = fenced(totals, READS), fenced(weights_4, READS)
+            for index in tl.static_range(num_tiles(N, BLOCK)):
+                weight_4 = tile_at(weights_4, weight_4_ptr, None, index, N, BLOCK, READS, "ahead")
+                y = normalised(widened(totals[index]), root_4, weight_4, OFFSET_4, PLAN_4, False)
+                store_tile(y_ptr, y, is_row, index, N, BLOCK)
+    else:  # a loop at run time: unrolled, so many tiles would run out of registers
+        for index in range(num_tiles(N, BLOCK)):
+            x_1 = tile_at(xs_1, x_1_ptr, is_row, index, N, BLOCK, READS, "held")
+            x_2 = tile_at(xs_2, x_2_ptr, is_row, index, N, BLOCK, READS, "held")
+            sums_1 += squares(x_1, PLAN_1)
+            sums_2 += squares(x_2, PLAN_2)
+        root_1, root_2 = roots_of_two(sums_1, sums_2, N, EPS_1, PLAN_1, EPS_2, PLAN_2)
+        for index in range(num_tiles(N, BLOCK)):
+            branch = _branch(
+                xs_1, xs_2, weights_1, weights_2, x_1_ptr, x_2_ptr, weight_1_ptr, weight_2_ptr,
+                root_1, root_2, is_row, index,
+                N, BLOCK, READS, BRANCH, OFFSET_1, PLAN_1, OFFSET_2, PLAN_2,
+            )  # fmt: skip
+            sums_3 += squares(branch, PLAN_3)
+        root_3 = root_of(sums_3, None, N, EPS_3, PLAN_3)
+        for index in range(num_tiles(N, BLOCK)):
+            branch = _branch(
+                xs_1, xs_2, weights_1, weights_2, x_1_ptr, x_2_ptr, weight_1_ptr, weight_2_ptr,
+                root_1, root_2, is_row, index,
+                N, BLOCK, READS, BRANCH, OFFSET_1, PLAN_1, OFFSET_2, PLAN_2,
+            )  # fmt: skip
+            total = _total(
+                branch, residuals, weights_3, residual_ptr, weight_3_ptr,
+                root_3, branch_scale, total_scale, is_row, index,
+                N, BLOCK, READS, BRANCH_SCALE, TOTAL_SCALE, SUM, OFFSET_3, PLAN_3,
+            )  # fmt: skip
+            store_tile(total_ptr, total, is_row, index, N, BLOCK)
+            if y_ptr is not None:
+                sums_4 += squares(total, PLAN_4)
+        if y_ptr is not None:
+            root_4 = root_of(sums_4, None, N, EPS_4, PLAN_4)
+            for index in range(num_tiles(N, BLOCK)):
                 branch = _branch(
                     xs_1, xs_2, weights_1, weights_2, x_1_ptr, x_2_ptr, weight_1_ptr, weight_2_ptr,
                     root_1, root_2, is_row, index,
@@ -246,9 +272,9 @@ def dual_rms_norm_add_kernel(
                     root_3, branch_scale, total_scale, is_row, index,
                     N, BLOCK, READS, BRANCH_SCALE, TOTAL_SCALE, SUM, OFFSET_3, PLAN_3,
                 )  # fmt: skip
-            weight_4 = tile_at(weights_4, weight_4_ptr, None, index, N, BLOCK, READS, "ahead")
-            y = normalised(total, root_4, weight_4, OFFSET_4, PLAN_4, False)
-            store_tile(y_ptr, y, is_row, index, N, BLOCK)
+                weight_4 = tile_at((), weight_4_ptr, None, index, N, BLOCK, READS, "ahead")
+                y = normalised(total, root_4, weight_4, OFFSET_4, PLAN_4, False)
+                store_tile(y_ptr, y, is_row, index, N, BLOCK)
     store_inverse_root(rstd_1_ptr, root_1, row, num_rows, PLAN_1)
     store_inverse_root(rstd_2_ptr, root_2, row, num_rows, PLAN_2)
     store_inverse_root(rstd_3_ptr, root_3, row, num_rows, PLAN_3)

@@ -73,7 +73,7 @@ def _value(
     x_ptr,
     gate_ptr,
     is_row,
-    index: tl.constexpr,
+    index,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
     READS: tl.constexpr,
@@ -86,6 +86,33 @@ def _value(
         gate = tile_at(gates, gate_ptr, is_row, index, N, BLOCK, READS, "held")
         value = gated(value, gate, GATING)
     return value
+
+
+@triton.jit
+def _store_result(
+    value,
+    root,
+    gates,
+    weights,
+    gate_ptr,
+    weight_ptr,
+    y_ptr,
+    is_row,
+    index,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    READS: tl.constexpr,
+    GATE_FIRST: tl.constexpr,
+    GATING: tl.constexpr,
+    OFFSET: tl.constexpr,
+    PLAN: tl.constexpr,
+):
+    weight = tile_at(weights, weight_ptr, None, index, N, BLOCK, READS, "ahead")
+    y = normalised(value, root, weight, OFFSET, PLAN, False)
+    if not GATE_FIRST:
+        gate = tile_at(gates, gate_ptr, is_row, index, N, BLOCK, READS, "ahead")
+        y = gated(y, gate, GATING)
+    store_tile(y_ptr, y, is_row, index, N, BLOCK)
 
 
 @triton.jit
@@ -140,27 +167,36 @@ def gated_rms_norm_kernel(
     weights = load_tiles(weight_ptr, None, N, BLOCK, READS, "ahead")
     sums = zero_sums(ROWS, BLOCK, PLAN)
     values = ()
-    for index in tl.static_range(num_tiles(N, BLOCK)):
-        value = _value(
-            xs, gates, x_ptr, gate_ptr, is_row, index, N, BLOCK, READS, GATE_FIRST, GATING
-        )
-        values = values + (narrowed(value, VALUE),)
-        sums += squares(value, PLAN)
-    root = root_of(sums, None, N, EPS, PLAN)
-    values, gates, weights = fenced(values, READS), fenced(gates, READS), fenced(weights, READS)
-    for index in tl.static_range(num_tiles(N, BLOCK)):
-        if says(READS, "held"):
-            value = widened(values[index])
-        else:
+    if says(READS, "held"):
+        for index in tl.static_range(num_tiles(N, BLOCK)):
             value = _value(
                 xs, gates, x_ptr, gate_ptr, is_row, index, N, BLOCK, READS, GATE_FIRST, GATING
             )
-        weight = tile_at(weights, weight_ptr, None, index, N, BLOCK, READS, "ahead")
-        y = normalised(value, root, weight, OFFSET, PLAN, False)
-        if not GATE_FIRST:
-            gate = tile_at(gates, gate_ptr, is_row, index, N, BLOCK, READS, "ahead")
-            y = gated(y, gate, GATING)
-        store_tile(y_ptr, y, is_row, index, N, BLOCK)
+            values = values + (narrowed(value, VALUE),)
+            sums += squares(value, PLAN)
+    else:  # a loop at run time: unrolled, so many tiles would run out of registers
+        for index in range(num_tiles(N, BLOCK)):
+            value = _value(
+                xs, gates, x_ptr, gate_ptr, is_row, index, N, BLOCK, READS, GATE_FIRST, GATING
+            )
+            sums += squares(value, PLAN)
+    root = root_of(sums, None, N, EPS, PLAN)
+    values, gates, weights = fenced(values, READS), fenced(gates, READS), fenced(weights, READS)
+    if says(READS, "held"):
+        for index in tl.static_range(num_tiles(N, BLOCK)):
+            _store_result(
+                widened(values[index]), root, gates, weights, gate_ptr, weight_ptr, y_ptr,
+                is_row, index, N, BLOCK, READS, GATE_FIRST, GATING, OFFSET, PLAN,
+            )  # fmt: skip
+    else:
+        for index in range(num_tiles(N, BLOCK)):
+            value = _value(
+                xs, gates, x_ptr, gate_ptr, is_row, index, N, BLOCK, READS, GATE_FIRST, GATING
+            )
+            _store_result(
+                value, root, gates, weights, gate_ptr, weight_ptr, y_ptr,
+                is_row, index, N, BLOCK, READS, GATE_FIRST, GATING, OFFSET, PLAN,
+            )  # fmt: skip
     store_inverse_root(rstd_ptr, root, row, num_rows, PLAN)
 
 

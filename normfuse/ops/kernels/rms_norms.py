@@ -56,7 +56,7 @@ def _store_norm(
     weight_ptr,
     y_ptr,
     is_row,
-    index: tl.constexpr,
+    index,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
     READS: tl.constexpr,

@@ -17,9 +17,8 @@ from normfuse.ops.kernels.rows import known
 WARP_SIZE = 64 if torch.version.hip else 32
 MAX_THREADS = 1024
 VECTOR = 8  # elements of a row that a thread has in one tile: 16 bytes of a 16-bit type
-# The widest row that stays in registers, half of it in float64; see test_cross_compile.py. Wider
-# ones are read again for each step. Their tiles are unrolled, and on sm_90 long chains then spill,
-# in float32 and float64 more than in 16 bits: right, but slow.
+# The widest row that stays in registers, half of it in float64; wider ones are read again for each
+# step. No kernel spills on sm_90 on either side of it (tests/kernels/test_cross_compile.py).
 WIDEST_HELD = 32768
 
 
