@@ -41,7 +41,7 @@ def test_heads_do_not_spill(layout, target, tmp_path):
     assert spilled == dict.fromkeys(spilled, 0)
 
 
-# Rows around `tile.WIDEST_HELD`, some held in registers and some read again, and one read again by all.
+# Rows around `tile.WIDEST_HELD`, some held and some read again, and one that all read again.
 @pytest.mark.parametrize("stem", cross_compile.KERNELS)
 @pytest.mark.parametrize(
     ("width", "dtype", "plan"),

@@ -137,37 +137,52 @@ def rms_norm_add_rms_norm_kernel(
     branch_scale = load_scale(branch_scale_ptr)
     total_scale = load_scale(total_scale_ptr)
     sums_1 = zero_sums(ROWS, BLOCK, PLAN_1)
-    for index in tl.static_range(num_tiles(N, BLOCK)):
-        x = tile_at(xs, x_ptr, is_row, index, N, BLOCK, READS, "held")
-        sums_1 += squares(x, PLAN_1)
-    root_1 = root_of(sums_1, None, N, EPS_1, PLAN_1)
-    xs, residuals = fenced(xs, READS), fenced(residuals, READS)
-    weights_1, weights_2 = fenced(weights_1, READS), fenced(weights_2, READS)
     sums_2 = zero_sums(ROWS, BLOCK, PLAN_2)
-    totals = ()
-    for index in tl.static_range(num_tiles(N, BLOCK)):
-        total = _total(
-            xs, residuals, weights_1, x_ptr, residual_ptr, weight_1_ptr,
-            root_1, branch_scale, total_scale, is_row, index,
-            N, BLOCK, READS, BRANCH_SCALE, TOTAL_SCALE, SUM, OFFSET_1, PLAN_1,
-        )  # fmt: skip
-        store_tile(total_ptr, total, is_row, index, N, BLOCK)
-        totals = totals + (narrowed(total, step(SUM, "total")),)
-        sums_2 += squares(total, PLAN_2)
-    root_2 = root_of(sums_2, None, N, EPS_2, PLAN_2)
-    totals = fenced(totals, READS)
-    for index in tl.static_range(num_tiles(N, BLOCK)):
-        if says(READS, "held"):
-            total = widened(totals[index])
-        else:
+    if says(READS, "held"):
+        for index in tl.static_range(num_tiles(N, BLOCK)):
+            sums_1 += squares(widened(xs[index]), PLAN_1)
+        root_1 = root_of(sums_1, None, N, EPS_1, PLAN_1)
+        xs, residuals = fenced(xs, READS), fenced(residuals, READS)
+        weights_1, weights_2 = fenced(weights_1, READS), fenced(weights_2, READS)
+        totals = ()
+        for index in tl.static_range(num_tiles(N, BLOCK)):
             total = _total(
                 xs, residuals, weights_1, x_ptr, residual_ptr, weight_1_ptr,
                 root_1, branch_scale, total_scale, is_row, index,
                 N, BLOCK, READS, BRANCH_SCALE, TOTAL_SCALE, SUM, OFFSET_1, PLAN_1,
             )  # fmt: skip
-        weight_2 = tile_at(weights_2, weight_2_ptr, None, index, N, BLOCK, READS, "ahead")
-        y = normalised(total, root_2, weight_2, OFFSET_2, PLAN_2, False)
-        store_tile(y_ptr, y, is_row, index, N, BLOCK)
+            store_tile(total_ptr, total, is_row, index, N, BLOCK)
+            totals = totals + (narrowed(total, step(SUM, "total")),)
+            sums_2 += squares(total, PLAN_2)
+        root_2 = root_of(sums_2, None, N, EPS_2, PLAN_2)
+        totals = fenced(totals, READS)
+        for index in tl.static_range(num_tiles(N, BLOCK)):
+            weight_2 = tile_at(weights_2, weight_2_ptr, None, index, N, BLOCK, READS, "ahead")
+            y = normalised(widened(totals[index]), root_2, weight_2, OFFSET_2, PLAN_2, False)
+            store_tile(y_ptr, y, is_row, index, N, BLOCK)
+    else:  # a loop at run time: unrolled, so many tiles would run out of registers
+        for index in range(num_tiles(N, BLOCK)):
+            x = tile_at(xs, x_ptr, is_row, index, N, BLOCK, READS, "held")
+            sums_1 += squares(x, PLAN_1)
+        root_1 = root_of(sums_1, None, N, EPS_1, PLAN_1)
+        for index in range(num_tiles(N, BLOCK)):
+            total = _total(
+                xs, residuals, weights_1, x_ptr, residual_ptr, weight_1_ptr,
+                root_1, branch_scale, total_scale, is_row, index,
+                N, BLOCK, READS, BRANCH_SCALE, TOTAL_SCALE, SUM, OFFSET_1, PLAN_1,
+            )  # fmt: skip
+            sums_2 += squares(total, PLAN_2)
+        root_2 = root_of(sums_2, None, N, EPS_2, PLAN_2)
+        for index in range(num_tiles(N, BLOCK)):
+            total = _total(
+                xs, residuals, weights_1, x_ptr, residual_ptr, weight_1_ptr,
+                root_1, branch_scale, total_scale, is_row, index,
+                N, BLOCK, READS, BRANCH_SCALE, TOTAL_SCALE, SUM, OFFSET_1, PLAN_1,
+            )  # fmt: skip
+            store_tile(total_ptr, total, is_row, index, N, BLOCK)
+            weight_2 = tile_at(weights_2, weight_2_ptr, None, index, N, BLOCK, READS, "ahead")
+            y = normalised(total, root_2, weight_2, OFFSET_2, PLAN_2, False)
+            store_tile(y_ptr, y, is_row, index, N, BLOCK)
     store_inverse_root(rstd_1_ptr, root_1, row, num_rows, PLAN_1)
     store_inverse_root(rstd_2_ptr, root_2, row, num_rows, PLAN_2)
 
