@@ -190,8 +190,6 @@ def dual_rms_norm_add_kernel(
     sums_1 = zero_sums(ROWS, BLOCK, PLAN_1)
     sums_2 = zero_sums(ROWS, BLOCK, PLAN_2)
     sums_3 = zero_sums(ROWS, BLOCK, PLAN_3)
-    if y_ptr is not None:
-        sums_4 = zero_sums(ROWS, BLOCK, PLAN_4)
     if says(READS, "held"):
         for index in tl.static_range(num_tiles(N, BLOCK)):
             sums_1 += squares(widened(xs_1[index]), PLAN_1)
@@ -211,6 +209,8 @@ def dual_rms_norm_add_kernel(
         root_3 = root_of(sums_3, None, N, EPS_3, PLAN_3)
         branches, weights_3 = fenced(branches, READS), fenced(weights_3, READS)
         weights_4 = load_tiles(weight_4_ptr, None, N, BLOCK, READS, "ahead")
+        if y_ptr is not None:
+            sums_4 = zero_sums(ROWS, BLOCK, PLAN_4)
         totals = ()
         for index in tl.static_range(num_tiles(N, BLOCK)):
             branch = widened(branches[index])
@@ -245,6 +245,8 @@ def dual_rms_norm_add_kernel(
             )  # fmt: skip
             sums_3 += squares(branch, PLAN_3)
         root_3 = root_of(sums_3, None, N, EPS_3, PLAN_3)
+        if y_ptr is not None:
+            sums_4 = zero_sums(ROWS, BLOCK, PLAN_4)
         for index in range(num_tiles(N, BLOCK)):
             branch = _branch(
                 xs_1, xs_2, weights_1, weights_2, x_1_ptr, x_2_ptr, weight_1_ptr, weight_2_ptr,

@@ -137,13 +137,13 @@ def rms_norm_add_rms_norm_kernel(
     branch_scale = load_scale(branch_scale_ptr)
     total_scale = load_scale(total_scale_ptr)
     sums_1 = zero_sums(ROWS, BLOCK, PLAN_1)
-    sums_2 = zero_sums(ROWS, BLOCK, PLAN_2)
     if says(READS, "held"):
         for index in tl.static_range(num_tiles(N, BLOCK)):
             sums_1 += squares(widened(xs[index]), PLAN_1)
         root_1 = root_of(sums_1, None, N, EPS_1, PLAN_1)
         xs, residuals = fenced(xs, READS), fenced(residuals, READS)
         weights_1, weights_2 = fenced(weights_1, READS), fenced(weights_2, READS)
+        sums_2 = zero_sums(ROWS, BLOCK, PLAN_2)
         totals = ()
         for index in tl.static_range(num_tiles(N, BLOCK)):
             total = _total(
@@ -165,6 +165,7 @@ def rms_norm_add_rms_norm_kernel(
             x = tile_at(xs, x_ptr, is_row, index, N, BLOCK, READS, "held")
             sums_1 += squares(x, PLAN_1)
         root_1 = root_of(sums_1, None, N, EPS_1, PLAN_1)
+        sums_2 = zero_sums(ROWS, BLOCK, PLAN_2)
         for index in range(num_tiles(N, BLOCK)):
             total = _total(
                 xs, residuals, weights_1, x_ptr, residual_ptr, weight_1_ptr,
