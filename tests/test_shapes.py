@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from tests.blocks import WIDTH, GemmaBlock, activation
+from normfuse.passes.recognise import Recognise
+from tests.blocks import WIDTH, GemmaBlock, LlamaBlock, activation
 from tests.float64 import assert_as_close_as_eager
 
 # No code is generated, so that the results have eager's bits.
@@ -107,3 +108,22 @@ def test_an_axis_that_changes_before_the_rows():
         for shape in ((2, 3), (4, 5), (3, 0)):
             x, residual = torch.randn(2, *shape, WIDTH).bfloat16()
             assert torch.equal(compiled(x, residual), block(x, residual)), shape
+
+
+@pytest.mark.parametrize("block", [LlamaBlock, GemmaBlock])
+def test_a_variable_eps_is_computed_before_it_is_read(block, monkeypatch):
+    """`dynamic=True` makes a number of each eps, which stands behind the sum that the op begins."""
+    original = Recognise.__call__
+    checked = []
+
+    def checking(self, graph, *arguments):
+        sites = original(self, graph, *arguments)
+        graph.lint()
+        checked.append(graph)
+        return sites
+
+    monkeypatch.setattr(Recognise, "__call__", checking)
+    compiled = torch.compile(block(), backend="normfuse", options=OP, dynamic=True)
+    with torch.no_grad():
+        compiled(activation(4).float(), activation(4).float())
+    assert checked

@@ -10,6 +10,7 @@ from torch.fx import Graph
 
 from normfuse import tuning
 from normfuse.passes import inductor
+from normfuse.passes.foresight import recognise_what_may_win
 from normfuse.passes.lower import Lower
 from normfuse.passes.recognise import Recognise
 from normfuse.passes.recorder import Recorder
@@ -55,6 +56,14 @@ def _erase_assertions(graph: Graph) -> None:
         graph.erase_node(node)
 
 
+def _wants_gradients(graph: Graph) -> bool:
+    """Whether a graph before autograd will get a backward."""
+    inputs = (node.meta.get("example_value") for node in graph.find_nodes(op="placeholder"))
+    return torch.is_grad_enabled() and any(
+        isinstance(value, torch.Tensor) and value.requires_grad for value in inputs
+    )
+
+
 @dataclass(frozen=True)
 class _BeforeAutograd:
     """Recognise on Dynamo's graph, where a training graph still shows its true roundings."""
@@ -67,7 +76,13 @@ class _BeforeAutograd:
             self.recorder.start(graph.python_code("self").src.strip())
         inductor.keep_artifact("before", graph)
         _erase_assertions(graph)
-        Recognise("example_value", self.settings, self.recorder)(graph)
+        training = _wants_gradients(graph)
+        if self.settings.lowering == "auto" and (self.recorder is None or training):
+            recognise_what_may_win(
+                graph, "example_value", self.settings, training=training, recorder=self.recorder
+            )
+        else:
+            Recognise("example_value", self.settings, self.recorder)(graph)
         inductor.keep_artifact("recognised_before_autograd", graph)
 
 
@@ -84,7 +99,10 @@ class _AfterAutograd:
         if self.recorder is not None:
             self.recorder.reconsider()
         _erase_assertions(graph)
-        Recognise("val", self.settings, self.recorder)(graph)
+        if self.settings.lowering == "auto" and self.recorder is None:
+            recognise_what_may_win(graph, "val", self.settings)
+        else:
+            Recognise("val", self.settings, self.recorder)(graph)
         inductor.keep_artifact("recognised_after_autograd", graph)
 
 

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch.fx import Node
 
 from normfuse import tuning
+from normfuse.passes.form import operands_of
 from normfuse.passes.region import cut_out, key_of, neighbours_of, rows_of
 from normfuse.settings import Settings
-from normfuse.tuning import Key, Measurement, Rows, Verdict
+from normfuse.tuning import Key, Measurement, Rows, Verdict, minor
 
 log = logging.getLogger("normfuse")
 
+_OFF = "the option normfuse.tune is off, so no measurement is read"
 _COMMAND = "torch.compile with normfuse.tune=compile"
 _failed: set[tuple[Key, int]] = set()
 
 
-def choose(node: Node, settings: Settings, device: torch.device) -> tuple[str, str]:
+def choose(node: Node, settings: Settings) -> tuple[str, str]:
     """The form of a site whose kernel could be taken, and why."""
     if settings.tune == "off":
-        return "inline", "the option normfuse.tune is off, so no measurement is read"
-    key, rows = key_of(node, device_name(device)), rows_of(node)
+        return "inline", _OFF
+    key, rows = _asked(node)
     verdict = _verdict(node, key, rows, settings)
     if verdict is None and settings.tune == "compile" and _measure(node, key, rows):
         verdict = _verdict(node, key, rows, settings)
@@ -30,6 +34,66 @@ def choose(node: Node, settings: Settings, device: torch.device) -> tuple[str, s
         return "inline", _unmeasured(key, rows)
     lowering = "triton" if verdict.wins else "inline"
     return lowering, _numbers(key, verdict, settings.margin)
+
+
+def why_hopeless_in_training(node: Node, settings: Settings) -> str | None:
+    """Why no measurement can favour a site, whatever its neighbours are; None if one may.
+
+    The backward counts as well, and is not taken on trust.
+    """
+    if settings.tune == "off":
+        return _OFF
+    key, rows = _asked(node)
+    table = tuning.tables().table
+    forward = table.verdicts(key, rows, settings.margin)
+    backward = table.verdicts_of_backward(key, rows, settings.margin)
+    if not forward or not backward:
+        which = "the backward is " if forward else ""
+        return which + _unmeasured(key, rows)
+    best = max((*forward, *backward), key=lambda one: one.decisive.excess(settings.margin))
+    return None if best.wins else _numbers(key, best, settings.margin)
+
+
+def may_win(device_names: Iterable[str], settings: Settings) -> bool:
+    """Whether any kernel can be chosen on these GPUs."""
+    if settings.tune == "compile":
+        return any(device_names)
+    return settings.tune != "off" and any(_winners(device_names, settings))
+
+
+class Widths(NamedTuple):
+    """Sizes of the normalised axis.
+
+    Attributes:
+        whole: of norms over whole rows.
+        in_groups: of rows whose norms may run over equal parts of them.
+    """
+
+    whole: frozenset[int]
+    in_groups: frozenset[int]
+
+    def may_include(self, width: int) -> bool:
+        return width in self.whole or any(row % width == 0 for row in self.in_groups)
+
+
+def widths_won(device_names: Iterable[str], settings: Settings) -> Widths:
+    """The widths at which any kernel of a forward won anything."""
+    keys = [key for key in _winners(device_names, settings) if not key.op.endswith("_backward")]
+    whole = frozenset(width for key in keys for width in key.widths)
+    grouped = (key.widths[0] for key in keys if key.op == "gated_rms_norm")
+    return Widths(whole, frozenset(grouped))
+
+
+def _winners(device_names: Iterable[str], settings: Settings) -> Iterator[Key]:
+    version = minor(torch.__version__)
+    for name in device_names:
+        yield from tuning.tables().table.winners(name, version, settings.margin)
+
+
+def _asked(node: Node) -> tuple[Key, Rows]:
+    """What the table is asked about a site."""
+    device = operands_of(node)[0].meta["val"].device
+    return key_of(node, device_name(device)), rows_of(node)
 
 
 def device_name(device: torch.device) -> str:

@@ -51,15 +51,25 @@ class Lower:
     def form_of(self, node: Node) -> tuple[str, str | None]:
         """The form for one op, and why, where that is not what was asked for."""
         wanted = self.settings.lowering
-        device = operands_of(node)[0].meta["val"].device
         if wanted in ("op", "inline"):
             return wanted, None
-        if device.type not in KERNEL_DEVICES:
-            return "inline", f"the activations are on {device.type}, and the kernels are for CUDA"
-        obstacle = forms.obstacle_to_kernel(node.target, _values(node.args))
-        if obstacle is not None:
-            return "inline", obstacle
-        return choose(node, self.settings, device) if wanted == "auto" else ("triton", None)
+        reason = obstacle(node)
+        if reason is not None:
+            return "inline", reason
+        return choose(node, self.settings) if wanted == "auto" else ("triton", None)
+
+
+def obstacle(node: Node) -> str | None:
+    """Why an op cannot become a launch of its kernel; None if it can."""
+    return foreign_device(node) or forms.obstacle_to_kernel(node.target, _values(node.args))
+
+
+def foreign_device(node: Node) -> str | None:
+    """The sentence about activations for whose device there are no kernels; None if there are."""
+    kind = operands_of(node)[0].meta["val"].device.type
+    if kind in KERNEL_DEVICES:
+        return None
+    return f"the activations are on {kind}, and the kernels are for CUDA"
 
 
 def _splice(node: Node, lowering: str, traced: dict[Any, Form]) -> None:

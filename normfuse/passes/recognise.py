@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch.fx import Graph, Node
@@ -13,6 +14,7 @@ from normfuse.patterns.decline import Decline
 from normfuse.patterns.mutation import Mutations
 from normfuse.patterns.rms_norm import find_site
 from normfuse.patterns.rule import Context, Rule
+from normfuse.patterns.statistic import Candidate
 from normfuse.settings import Settings
 
 log = logging.getLogger("normfuse")
@@ -32,17 +34,30 @@ class Recognise:
     settings: Settings
     recorder: Recorder | None = None
 
-    def __call__(self, graph: Graph) -> None:
+    def __call__(
+        self, graph: Graph, leaves: Callable[[Candidate | Node], bool] | None = None
+    ) -> dict[Node, list[Node]]:
+        """Rewrite a graph.
+
+        Args:
+            graph: the graph.
+            leaves: whether a site is to be left as it is; None leaves none.
+
+        Returns:
+            For each op, the roots of its statistics: nodes that are in the graph no more.
+        """
         context = Context(graph, Mutations(graph), self.fake_key, self.settings.numerics)
+        sites: dict[Node, list[Node]] = {}
         for node in list(graph.nodes):
-            self._recognise(node, context)
+            site = None if node._erased else find_site(node)
+            if site is not None and not (leaves and leaves(site)):
+                self._recognise(node, sites, context)
         for rule in COMPOSE:
             if self.settings.allows(rule.name):
-                self._compose(rule, context)
+                self._compose(rule, sites, context)
+        return sites
 
-    def _recognise(self, node: Node, context: Context) -> None:
-        if node._erased or find_site(node) is None:
-            return
+    def _recognise(self, node: Node, sites: dict[Node, list[Node]], context: Context) -> None:
         place = Place.of(node)
         try:
             rule, op = self._first_that_applies(node, place, context)
@@ -51,6 +66,7 @@ class Recognise:
             if self.recorder is not None:
                 self.recorder.declined(place, str(decline))
             return
+        sites[op] = [node]
         if self.recorder is not None:
             self.recorder.fused(Place.of(op), rule.name)
 
@@ -65,13 +81,17 @@ class Recognise:
         left_out = [rule.name for rule in RECOGNISE if not self.settings.allows(rule.name)]
         raise Decline(f"the options leave out the rule {' and '.join(left_out)}")
 
-    def _compose(self, rule: Rule, context: Context) -> None:
+    def _compose(self, rule: Rule, sites: dict[Node, list[Node]], context: Context) -> None:
         nodes = [node for node in context.graph.nodes if is_op(node)]
         places = {node: Place.of(node) for node in nodes} if self.recorder else {}
         for node in nodes:
             fused: Node | None = node
             while fused is not None and not fused._erased:
+                context.erased.clear()
                 fused = self._compose_once(rule, fused, places, context)
+                if fused is not None:
+                    parts = [part for part in context.erased if part in sites]
+                    sites[fused] = [site for part in parts for site in sites.pop(part)]
 
     def _compose_once(
         self, rule: Rule, node: Node, places: dict[Node, Place], context: Context
@@ -83,7 +103,7 @@ class Recognise:
             log.debug("%s: no %s: %s", Place.of(node).module, rule.name, decline)
             return None
         if fused is not None and self.recorder is not None:
-            joined = [places.pop(part) for part in list(places) if part._erased]
+            joined = [places.pop(part) for part in context.erased if part in places]
             places[fused] = Place.of(fused)
             self.recorder.composed(places[fused], rule.name, joined)
         return fused

@@ -78,7 +78,7 @@ def key_of(node: Node, device_name: str) -> Key:
         minor(torch.__version__),
         _name(node.target),
         tuple(str(word) for word in words),
-        tuple(int(x.shape[-1]) for x in activations),
+        tuple(int(inductor.hint(x.shape[-1])) for x in activations),
         SHORT.get(activations[0].dtype, str(activations[0].dtype)),
     )
 

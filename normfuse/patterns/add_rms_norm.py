@@ -33,14 +33,14 @@ def _apply(node: Node, context: Context) -> Node | None:
         ADD_RMS_NORM,
         (found.branch, found.residual, weight, *found.scales(), eps, offset, plan),
         (fakes_of(context, node)[0], fake_of(found.total), fakes_of(context, node)[1]),
-        before=insertion_point([weight], found.total, users),
+        before=insertion_point([weight, eps], found.total, users),
         like=node,
     )
     olds = ((0, existing_result(node, 0)), (2, existing_result(node, 1)), (1, found.total))
     for index, old in olds:
         if old is not None:
             old.replace_all_uses_with(result(context, fused, index))
-    erase((node, *found.nodes))
+    erase(context, (node, *found.nodes))
     return fused
 
 

@@ -54,7 +54,7 @@ def _join(node: Node, context: Context) -> Node | None:
         like=node,
     )
     found.total.replace_all_uses_with(result(context, fused, 0))
-    erase((*norms, branch, normed, *found.nodes))
+    erase(context, (*norms, branch, normed, *found.nodes))
     return fused
 
 

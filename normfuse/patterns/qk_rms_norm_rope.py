@@ -78,7 +78,7 @@ def _turn(node: Node, context: Context) -> Node | None:
         like=node,
     )
     rotary.last.replace_all_uses_with(result(context, fused, 0))
-    erase((node, y, *heads, *rotary.nodes))
+    erase(context, (node, y, *heads, *rotary.nodes))
     return fused
 
 

@@ -45,7 +45,7 @@ def replace_chain(
     if rstd is not None:
         rstd.replace_all_uses_with(result(context, fused, 1))
     last.replace_all_uses_with(result(context, fused, 0))
-    erase((norm, *nodes))
+    erase(context, (norm, *nodes))
     return fused
 
 

@@ -160,7 +160,7 @@ def rewrite(norm: Norm, context: Context) -> Node:
         value = repeat_view(view, value, norm.last, context)
     value.meta[context.fake_key] = fake_of(norm.last)  # by its storage, writes to it are known
     norm.last.replace_all_uses_with(value)
-    erase(norm.nodes)
+    erase(context, norm.nodes)
     return op
 
 

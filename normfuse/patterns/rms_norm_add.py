@@ -37,7 +37,7 @@ def _add_after_norm(node: Node, context: Context) -> Node | None:
         like=node,
     )
     found.total.replace_all_uses_with(result(context, fused, 0))
-    erase((node, branch, *found.nodes))
+    erase(context, (node, branch, *found.nodes))
     return fused
 
 
@@ -67,7 +67,7 @@ def scale_after_sum(node: Node, context: Context) -> Node | None:
         like=node,
     )
     user.replace_all_uses_with(result(context, fused, 0))
-    erase((node, total, user))
+    erase(context, (node, total, user))
     return fused
 
 

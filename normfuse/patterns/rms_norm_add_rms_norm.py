@@ -50,7 +50,7 @@ def norm_after_sum(
         op,
         (*first.args[:num_tensors], weight, *first.args[num_tensors:], *norm),
         (y, *fakes_of(context, first), rstd),
-        before=insertion_point([weight], first, users),
+        before=insertion_point([weight, *norm], first, users),
         like=node,
     )
     last = len(fakes_of(context, fused)) - 1
@@ -58,7 +58,7 @@ def norm_after_sum(
     for index, old in olds:
         if old is not None:
             old.replace_all_uses_with(result(context, fused, index))
-    erase((first, total, node))
+    erase(context, (first, total, node))
     return fused
 
 

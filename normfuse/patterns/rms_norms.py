@@ -85,7 +85,7 @@ def _apply(node: Node, context: Context) -> Node | None:
         for view in norm.views:
             value = repeat_view(view, value, max(norm.value, point), context)
         norm.value.replace_all_uses_with(value)
-    erase(part for norm in norms for part in (norm.node, norm.value, *norm.views))
+    erase(context, [part for norm in norms for part in (norm.node, norm.value, *norm.views)])
     return fused
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,12 +34,14 @@ class Context:
         fake_key: the metadata key of fake tensors, "example_value" before autograd and "val" after
             it.
         numerics: "exact" or "fast".
+        erased: the nodes that rules have removed so far, ops of ours among them.
     """
 
     graph: Graph
     mutations: Mutations
     fake_key: str
     numerics: str = "exact"
+    erased: list[Node] = field(default_factory=list)
 
     def plan(self, plan: RoundingPlan) -> str:
         """The plan as an op carries it."""
@@ -146,7 +148,7 @@ def fakes_of(context: Context, node: Node) -> tuple[torch.Tensor, ...]:
     return fakes
 
 
-def erase(nodes: Iterable[Node]) -> None:
+def erase(context: Context, nodes: Iterable[Node]) -> None:
     """Remove those of `nodes` that nothing uses any more, and the casts that only they used."""
     waiting = sorted(set(nodes))
     while waiting:
@@ -158,6 +160,7 @@ def erase(nodes: Iterable[Node]) -> None:
             continue
         operands = node.all_input_nodes
         node.graph.erase_node(node)
+        context.erased.append(node)
         idle = {operand for operand in operands if not operand.users and is_pure(operand)}
         waiting = sorted({*waiting, *idle})
 

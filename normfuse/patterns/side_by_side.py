@@ -172,7 +172,7 @@ def join(left: Part, right: Part, context: Context) -> Node | None:
                 old.replace_all_uses_with(result(context, fused, new))
         first += part.num
     _move_behind(fused, late)
-    erase((left.node, right.node))
+    erase(context, (left.node, right.node))
     return fused
 
 

@@ -93,6 +93,31 @@ class Table:
         decisive = min(asked.values(), key=lambda one: one.excess(margin))
         return Verdict(decisive.wins(margin), decisive, len(asked))
 
+    def verdicts(self, key: Key, rows: Rows, margin: float) -> list[Verdict]:
+        """What the table says of a site with any of the neighbours that were measured."""
+        measured = {neighbours for _, neighbours in list(self._found.get(key, {}))}
+        found = [self.verdict(key, rows, neighbours, margin) for neighbours in sorted(measured)]
+        return [verdict for verdict in found if verdict is not None]
+
+    def verdicts_of_backward(self, key: Key, rows: Rows, margin: float) -> list[Verdict]:
+        """The same of the backward of a site, whatever gradients were asked of it."""
+        about = (key.device, key.torch, f"{key.op}_backward", key.widths, key.dtype)
+        return [
+            verdict
+            for one in list(self._found)
+            if (one.device, one.torch, one.op, one.widths, one.dtype) == about
+            for verdict in self.verdicts(one, rows, margin)
+        ]
+
+    def winners(self, device: str, torch: str, margin: float) -> list[Key]:
+        """The keys of a device and a minor version of torch under which a kernel won anything."""
+        return [
+            key
+            for key, measurements in list(self._found.items())
+            if (key.device, key.torch) == (device, torch)
+            and any(one.wins(margin) for one in list(measurements.values()))
+        ]
+
     def _by_bucket(self, key: Key, neighbours: tuple[str, ...]) -> dict[int, Measurement]:
         """What speaks for a site; of several in one bucket, the one with the fewest neighbours."""
         found: dict[int, Measurement] = {}
