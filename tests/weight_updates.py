@@ -1,10 +1,12 @@
 """Models of norms and a linear layer, and every way in which training and serving change them."""
 
 import copy
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from tests import float64
 from tests.blocks import GemmaRMSNorm, LlamaRMSNorm
@@ -156,6 +158,19 @@ def unmerge_an_adapter(model):
 
 def change_the_type(model):
     model.float()
+
+
+@cache
+def torch_notices_types():
+    """Whether torch compiles anew when parameters change their type; 2.11 runs the old code."""
+    counter = CompileCounter()
+    model = nn.RMSNorm(WIDTH).bfloat16()
+    compiled = torch.compile(model, backend=counter)
+    with torch.no_grad():
+        for _ in range(2):
+            compiled(torch.ones(1, WIDTH))
+            model.float()
+    return counter.frame_count == 2
 
 
 def untie(model):

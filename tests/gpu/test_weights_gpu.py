@@ -10,8 +10,10 @@ from tests.weight_updates import (
     IN_PLACE,
     RECOMPILED,
     Norms,
+    change_the_type,
     data_copy,
     norms_and_input,
+    torch_notices_types,
 )
 
 pytestmark = pytest.mark.gpu
@@ -39,6 +41,8 @@ def compiled_with_kernels(model, mode=None):
 @torch.no_grad()
 @pytest.mark.parametrize(("model_class", "update"), EVERY_UPDATE, ids=names)
 def test_the_cuda_graphs_of_inductor_see_new_weights(model_class, update):
+    if update is change_the_type and not torch_notices_types():
+        pytest.skip("this torch runs the code of the old type, with us and without")
     model, x = norms_and_input("cuda", model_class)
     compiled = compiled_with_kernels(model, "reduce-overhead")
     for _ in range(4):  # warm-up, recording, replay
