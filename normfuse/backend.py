@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 
 from normfuse.passes import inductor, pipeline
 from normfuse.passes.recorder import Recorder
-from normfuse.settings import Settings
+from normfuse.settings import NAMES, PREFIX, Settings
 from normfuse.tuning import MARGIN
 
 # The tested range: the lowest version that the tests have run on, and the first that they have not.
@@ -72,7 +72,7 @@ def options(
     settings = Settings.of(
         lowering=lowering, numerics=numerics, rules=rules, skip=skip, tune=tune, margin=margin
     )
-    return _patches(settings, mode, inductor_options)
+    return _patches(settings, mode, inductor_options, NAMES)
 
 
 def patches(
@@ -82,18 +82,19 @@ def patches(
 ) -> dict[str, Any]:
     """What `torch.compile`'s mode and options mean for Inductor, with our passes added."""
     settings, rest = Settings.split(options)
-    return _patches(settings, mode, rest, recorder)
+    return _patches(settings, mode, rest, [PREFIX + name for name in NAMES], recorder)
 
 
 def _patches(
     settings: Settings,
     mode: str | None,
     inductor_options: dict[str, Any],
+    ours: Iterable[str],
     recorder: Recorder | None = None,
 ) -> dict[str, Any]:
     _warn_outside_tested_range()
     inductor_options = {name.replace("-", "_"): v for name, v in inductor_options.items()}
-    inductor.check_options(inductor_options)
+    inductor.check_options(inductor_options, ours)
     merged = {**inductor.mode_options(mode), **inductor_options}
     return {**merged, **pipeline(settings, merged, recorder)}
 

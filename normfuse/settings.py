@@ -87,10 +87,9 @@ class Settings:
         Raises:
             ValueError, TypeError: as `split`.
         """
-        known = [field.name for field in fields(cls)]
         for name in values:
-            if name not in known:
-                valid = ", ".join(PREFIX + option for option in known)
+            if name not in NAMES:
+                valid = ", ".join(PREFIX + option for option in NAMES)
                 raise ValueError(
                     f"an option must be one of {valid}, got {PREFIX + name}: correct its name"
                 )
@@ -114,6 +113,9 @@ class Settings:
         """The glob in `skip` that names a module path; None if none does."""
         globs = (glob for glob in self.skip if glob not in RULE_NAMES)
         return next((glob for glob in globs if fnmatchcase(module, glob)), None)
+
+
+NAMES = tuple(field.name for field in fields(Settings))  # of our options, without the prefix
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -258,6 +258,16 @@ WRONG = [
         "ValueError: an option must start with 'normfuse.' or be one of Inductor's, "
         "got 'max_autotun': did you mean max_autotune, max_autotune_gemm, max_autotune_pointwise?",
     ),
+    (
+        {"lowering": "op"},
+        "ValueError: an option must start with 'normfuse.' or be one of Inductor's, "
+        "got 'lowering': did you mean normfuse.lowering?",
+    ),
+    (
+        {"max_autotune": "yes"},
+        "TypeError: the option max_autotune of Inductor must be bool, got 'yes': "
+        "pass for example False",
+    ),
 ]
 
 
@@ -266,6 +276,11 @@ def test_wrong_options(options, message):
     with pytest.raises(BackendCompilerFailed) as raised:
         torch.compile(LlamaRMSNorm(), backend="normfuse", options=options)(activation(2))
     assert message in str(raised.value).splitlines()
+
+
+def test_a_misspelled_keyword_of_options():
+    with pytest.raises(ValueError, match="got 'lowerin': did you mean lowering"):
+        normfuse.options(lowerin="op")
 
 
 def test_wrong_mode():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_origin
 
 import torch
 import torch._inductor.config as inductor_config
@@ -119,24 +120,31 @@ def mode_options(mode: str | None) -> dict[str, Any]:
     return dict(valid[mode])
 
 
-def check_options(options: dict[str, Any]) -> None:
-    """Every option must be one of Inductor's.
+def check_options(options: dict[str, Any], ours: Iterable[str] = ()) -> None:
+    """Every option must be one of Inductor's, and of its type.
+
+    Args:
+        options: names, with underscores, and values.
+        ours: names of our own options, to suggest where one is misspelled.
 
     Raises:
-        ValueError: with the closest names.
+        ValueError: there is no such option; with the closest names.
+        TypeError: a value of another type than the option has.
     """
     known = inductor_config.get_config_copy()
-    for name in options:
+    for name, value in options.items():
         if name not in known:
-            from difflib import get_close_matches
-
-            close = (
-                ", ".join(get_close_matches(name, known, 3))
-                or "one of torch._inductor.list_options()"
-            )
+            close = ", ".join(get_close_matches(name, [*ours, *known], 3))
             raise ValueError(
                 f"an option must start with 'normfuse.' or be one of Inductor's, got {name!r}: "
-                f"did you mean {close}?"
+                f"did you mean {close or 'one of torch._inductor.list_options()'}?"
+            )
+        wanted: Any = inductor_config.get_type(name)  # type: ignore[attr-defined]
+        # As in torch, unions and other generic types are not looked into.
+        if get_origin(wanted) is None and not isinstance(value, wanted):
+            raise TypeError(
+                f"the option {name} of Inductor must be {wanted.__name__}, got {value!r}: "
+                f"pass for example {known[name]!r}"
             )
 
 
