@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch._dynamo.utils import counters
 from torch.fx import GraphModule
 
 from normfuse.backend import patches
@@ -48,8 +50,17 @@ def explain_with(
         return inductor.interpret_graph(graph_module, example_inputs, settings)
 
     compiled: Callable[..., Any] = torch.compile(fresh(model), backend=backend)
+    known = Counter(counters["graph_break"])
     compiled(*args, **(kwargs or {}))
-    return recorder.report()
+    report = recorder.report()
+    report.notes += _graph_breaks(Counter(counters["graph_break"]) - known)
+    return report
+
+
+def _graph_breaks(reasons: Counter[str]) -> Iterator[str]:
+    """Why Dynamo gave up a graph, in its own words; no chain reaches over such a place."""
+    for reason in reasons:
+        yield "graph break: " + reason.partition("\n")[0]
 
 
 def assert_fused(model: Any, *args: Any, min_coverage: float = 1.0, **kwargs: Any) -> Report:

@@ -220,3 +220,20 @@ def test_the_path_of_a_module_below_one_that_looks_its_attributes_up_itself():
     report = normfuse.explain(WithGetattr(), torch.randn(2, 8))
 
     assert [site.module for site in report.sites] == ["layers.0.0"]
+
+
+def test_a_graph_break_is_noted():
+    norm = torch.nn.RMSNorm(8)
+
+    def forward(x):
+        y = norm(x)
+        torch._dynamo.graph_break()
+        return norm(y)
+
+    with torch.no_grad():
+        report = normfuse.explain(forward, torch.randn(2, 8))
+        whole = normfuse.explain(norm, torch.randn(2, 8))
+
+    assert [site.graph for site in report.sites] == [0, 1]
+    assert report.notes == ["graph break: Call to `torch._dynamo.graph_break()`"]
+    assert whole.notes == []
