@@ -12,6 +12,7 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_map
 
 from normfuse.ops import lowering as forms
+from normfuse.passes.check import add_check
 from normfuse.passes.choice import choose
 from normfuse.passes.form import Form, operands_of
 from normfuse.passes.recognise import is_op
@@ -43,6 +44,8 @@ class Lower:
             counts[lowering] = counts.get(lowering, 0) + 1
             if self.recorder is not None:
                 self.recorder.lowered(Place.of(node), lowering, reason)
+            if lowering != "inline" and self.settings.check_interval is not None:
+                add_check(node, self.settings.check_interval)
             if lowering != "op":
                 _splice(node, lowering, traced)
         if counts:
