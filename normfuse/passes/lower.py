@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -30,10 +31,17 @@ class Lower:
 
     A form is traced once for each signature (op, numbers, shapes, strides, types, results in use)
     and copied to the sites that share it, so that the cost grows slowly with the number of layers.
+
+    Attributes:
+        settings: which forms.
+        recorder: gets what was chosen; None in ordinary compilations.
+        only: asked once for each site, in the order of the graphs; where it says no, the site is
+            inline. None leaves every site to the settings.
     """
 
     settings: Settings
     recorder: Recorder | None = None
+    only: Callable[[Node], bool] | None = None
 
     def __call__(self, graph: Graph) -> None:
         traced: dict[Any, Form] = {}
@@ -54,6 +62,8 @@ class Lower:
     def form_of(self, node: Node) -> tuple[str, str | None]:
         """The form for one op, and why, where that is not what was asked for."""
         wanted = self.settings.lowering
+        if self.only is not None and not self.only(node):
+            return "inline", "left out"
         device = operands_of(node)[0].meta["val"].device
         if wanted in ("op", "inline"):
             return wanted, None
