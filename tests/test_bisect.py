@@ -72,6 +72,7 @@ def test_a_right_model(capsys):
     assert document["culprits"] == []
 
 
+@pytest.mark.guarantee
 def test_a_planted_fault_is_found(capsys):
     with planted(ADD_RMS_NORM, double, is_wide(32)):
         status, document = run(capsys)
@@ -157,6 +158,7 @@ def test_a_model_that_cannot_be_float64_needs_a_tolerance(capsys, monkeypatch):
     assert "no site is fused with --lowering auto" in capsys.readouterr().out
 
 
+@pytest.mark.guarantee
 def test_every_small_set_is_found():
     sites = [FusedSite(number, "rms_norm", "", "", "op") for number in range(6)]
     for size in (1, 2, 3):
@@ -188,3 +190,10 @@ def test_what_is_no_number_differs_from_numbers_only():
     assert differences([first], [second]) == [0.5]
     assert differences([first], [torch.tensor([nan, one, one])]) == [inf]
     assert differences([torch.ones(0)], [torch.ones(0)]) == [0.0]
+
+
+def test_the_help_lists_it(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--help"])
+    assert exit_info.value.code == 0
+    assert "find the site whose fusion changes an output" in capsys.readouterr().out

@@ -46,6 +46,7 @@ def compiled(block, **options):
     return torch.compile(block, options=normfuse.options(**options, disable_cpp_codegen=True))
 
 
+@pytest.mark.guarantee
 @torch.no_grad()
 def test_a_right_model_stays_within_its_bounds():
     block, *inputs = gemma()
@@ -61,6 +62,7 @@ def test_a_right_model_stays_within_its_bounds():
     assert "2 sites checked on 2 of 2 calls: none beyond bounds" in str(report)
 
 
+@pytest.mark.guarantee
 @torch.no_grad()
 def test_a_wrong_element_is_reported(caplog):
     block, *inputs = llama()
@@ -112,6 +114,7 @@ def test_what_overflows_inline_is_not_judged():
     assert (site.num_checked, site.num_beyond, site.not_checked) == (1, 0, None)
 
 
+@pytest.mark.guarantee
 @torch.no_grad()
 def test_a_sample_of_the_calls_is_compared():
     block, *inputs = llama()
@@ -143,6 +146,7 @@ def test_nothing_is_checked_unasked_or_inline(options):
     assert str(normfuse.check_report()).startswith("No site was checked. Compile with normfuse")
 
 
+@pytest.mark.guarantee
 def test_training_is_checked_too():
     block, x, residual = gemma()
     model = compiled(block, check="all")
@@ -179,6 +183,7 @@ def test_autocast_around_the_call_changes_no_check():
     assert (site.num_checked, site.num_beyond, site.not_checked) == (1, 0, None)
 
 
+@pytest.mark.guarantee
 @torch.no_grad()
 def test_caches_keep_checked_code_apart():
     block, *inputs = llama()
@@ -195,6 +200,7 @@ def test_caches_keep_checked_code_apart():
     assert site.num_checked == 2
 
 
+@pytest.mark.guarantee
 @torch.no_grad()
 def test_a_check_that_fails_does_not_end_the_model(monkeypatch, caplog):
     def fail(*arguments):

@@ -22,6 +22,7 @@ def errors(function, *arguments):
         yield (result.double() - exact).abs() / bound, bound / exact.abs()
 
 
+@pytest.mark.guarantee
 @pytest.mark.parametrize("op", ALL_OPS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_op_stays_within_its_bounds(op, dtype):

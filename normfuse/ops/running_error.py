@@ -82,8 +82,9 @@ class RunningError(TorchDispatchMode):
         elif operation in _RULES:
             operands = tree_map(lambda one: self._operand(one, result.dtype), args)
             twin = _RULES[operation](_computing(result.dtype), *operands, **kwargs)
-            is_exact = operation is aten._to_copy and is_exact_cast(args[0].dtype, result.dtype)
-            self._twins[result] = twin if is_exact else _rounded(twin, result.dtype)
+            for dtype in _roundings(operation, args[0], result.dtype):
+                twin = _rounded(twin, dtype)
+            self._twins[result] = twin
         return result
 
     def _decomposed(self, function: Any, args: Any, kwargs: Any) -> Any:
@@ -135,6 +136,13 @@ _NEW_MEMORY = frozenset({aten.empty_like, aten.new_empty, aten.empty_strided, at
 def _computing(dtype: torch.dtype) -> torch.dtype:
     """The type in which torch carries out an operation on narrower ones."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def _roundings(operation: Any, x: Any, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """The types that a result in `dtype` is rounded to, one after the other."""
+    if operation is aten._to_copy:
+        return () if is_exact_cast(x.dtype, dtype) else (dtype,)
+    return tuple(dict.fromkeys((_computing(dtype), dtype)))
 
 
 def _roundoff(dtype: torch.dtype) -> float:

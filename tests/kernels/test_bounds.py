@@ -10,6 +10,7 @@ from tests import op_arguments
 from tests.kernels import interpreted
 
 
+@pytest.mark.guarantee
 @pytest.mark.parametrize("op", ALL_OPS, ids=str)
 @pytest.mark.parametrize(
     ("dtype", "plan"),
