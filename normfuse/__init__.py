@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from normfuse import testing
 from normfuse.backend import options
+from normfuse.checks import CheckReport, check_report, reset_checks
 from normfuse.explain import assert_fused, explain
 from normfuse.ops import (
     AddRMSNorm,
@@ -26,6 +27,7 @@ from normfuse.ops import (
     rms_norm_add_rms_norm,
     rms_norms,
 )
+from normfuse.ops.checking import CheckedSite, Violation
 from normfuse.report import Report, Site
 
 try:
@@ -35,6 +37,8 @@ except PackageNotFoundError:  # a source tree that was never installed
 
 __all__ = [
     "AddRMSNorm",
+    "CheckReport",
+    "CheckedSite",
     "DualRMSNormAddRMSNorm",
     "Gating",
     "Modulation",
@@ -43,8 +47,10 @@ __all__ = [
     "Report",
     "RoundingPlan",
     "Site",
+    "Violation",
     "add_rms_norm",
     "assert_fused",
+    "check_report",
     "dual_rms_norm_add",
     "dual_rms_norm_add_rms_norm",
     "explain",
@@ -54,6 +60,7 @@ __all__ = [
     "options",
     "qk_rms_norm",
     "qk_rms_norm_rope",
+    "reset_checks",
     "rms_norm",
     "rms_norm_add",
     "rms_norm_add_rms_norm",

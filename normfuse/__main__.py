@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import torch
 
 import normfuse
-from normfuse.cli import bench, doctor, explain, tune
+from normfuse.cli import bench, bisect, doctor, explain, tune
 from normfuse.cli.errors import UsageError
 
-SUBCOMMANDS = (explain, tune, doctor, bench)
+SUBCOMMANDS = (explain, bisect, tune, doctor, bench)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -51,6 +51,7 @@ def options(
     skip: Iterable[str] = (),
     tune: str | None = None,
     margin: float = MARGIN,
+    check: str = "off",
     **inductor_options: Any,
 ) -> dict[str, Any]:
     """Options for `torch.compile(model, options=normfuse.options())`, on `backend="inductor"`.
@@ -63,6 +64,8 @@ def options(
         skip: rule names or globs of module paths to leave alone.
         tune: "off", "cached" or "compile": which measurements "auto" goes by.
         margin: the share by which the kernel must be faster in a measurement.
+        check: "off", "sample" or "all": the calls on which fused sites are compared with their
+            inline form; `normfuse.check_report()` says what came out.
         **inductor_options: options of Inductor's, such as `max_autotune=True`; write dots as in
             `**{"triton.cudagraphs": True}`.
 
@@ -70,7 +73,13 @@ def options(
         ValueError, TypeError: an unknown option or value.
     """
     settings = Settings.of(
-        lowering=lowering, numerics=numerics, rules=rules, skip=skip, tune=tune, margin=margin
+        lowering=lowering,
+        numerics=numerics,
+        rules=rules,
+        skip=skip,
+        tune=tune,
+        margin=margin,
+        check=check,
     )
     return _patches(settings, mode, inductor_options, NAMES)
 

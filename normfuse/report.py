@@ -23,7 +23,7 @@ from rich.text import Text
 SCHEMA = 1  # of the JSON text; goes up when a key changes its meaning or goes away
 
 # One rule below the heading and nothing else, in ASCII, so that the text survives every log file.
-_HEADING_RULE = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
+HEADING_RULE = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
 _WIDTH = 120  # where there is no terminal to ask
 _WIDE_ENOUGH = 110  # columns that keep module paths in one piece
 _RANGES_SHOWN = 4
@@ -105,8 +105,8 @@ class Report:
         """The report in one line."""
         graphs = len({site.graph for site in self.sites})
         return (
-            f"{self.num_fused} of {_plural(self.num_sites, 'norm')} fused "
-            f"({_percent(self.num_fused, self.num_sites)}) in {_plural(graphs, 'graph')}"
+            f"{self.num_fused} of {plural(self.num_sites, 'norm')} fused "
+            f"({_percent(self.num_fused, self.num_sites)}) in {plural(graphs, 'graph')}"
         )
 
     def to_json(self) -> str:
@@ -145,11 +145,7 @@ class Report:
         return f"<Report: {self.summary()}>"
 
     def __str__(self) -> str:
-        width = shutil.get_terminal_size(fallback=(_WIDTH, 0)).columns
-        console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False)
-        with console.capture() as capture:
-            console.print(self)
-        return "\n".join(line.rstrip() for line in capture.get().splitlines())
+        return as_text(self)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if self.sites:
@@ -195,7 +191,7 @@ class SiteGroup:
             site.op or "",
             site.lowering or "",
             site.reason or "",
-            _short_source(site.source),
+            short_source(site.source),
         )
 
 
@@ -247,6 +243,15 @@ def _ranges(numbers: list[int]) -> str:
     return "{" + ",".join(texts) + "}"
 
 
+def as_text(renderable: RenderableType) -> str:
+    """What rich would show, without colour, as wide as the terminal."""
+    width = shutil.get_terminal_size(fallback=(_WIDTH, 0)).columns
+    console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False)
+    with console.capture() as capture:
+        console.print(renderable)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
 def _wide_tables(groups: list[SiteGroup]) -> Iterator[RenderableType]:
     """What was declined and why, then what was fused into what."""
     declined = [group.cells() for group in groups if not group.site.fused]
@@ -283,7 +288,7 @@ def _narrow_tables(groups: list[SiteGroup]) -> Iterator[RenderableType]:
 
 
 def _table(*headings: str) -> Table:
-    table = Table(box=_HEADING_RULE, show_edge=False, header_style="bold")
+    table = Table(box=HEADING_RULE, show_edge=False, header_style="bold")
     table.add_column("norms", justify="right", no_wrap=True)
     for heading in headings:
         table.add_column(heading, overflow="fold")
@@ -293,17 +298,17 @@ def _table(*headings: str) -> Table:
 def _counts(sites: list[Site]) -> Iterator[str]:
     """Norms by op, then by lowering with its reason, a line each."""
     by_op = Counter(site.op for site in sites if site.op)
-    yield from (f"{_plural(num, 'norm')} in {op}" for op, num in by_op.most_common())
+    yield from (f"{plural(num, 'norm')} in {op}" for op, num in by_op.most_common())
     by_lowering = Counter((site.lowering, site.lowering_reason) for site in sites if site.lowering)
     for (lowering, reason), num in by_lowering.most_common():
-        yield f"{_plural(num, 'norm')} lowered to {lowering}" + (f": {reason}" if reason else "")
+        yield f"{plural(num, 'norm')} lowered to {lowering}" + (f": {reason}" if reason else "")
 
 
 def _indented(line: str) -> RenderableType:
     return Padding(Text(line), (0, 0, 0, 2))
 
 
-def _plural(num: int, word: str) -> str:
+def plural(num: int, word: str) -> str:
     return f"{num} {word}" if num == 1 else f"{num} {word}s"
 
 
@@ -312,7 +317,7 @@ def _percent(part: int, whole: int) -> str:
     return f"{100 * part // whole if whole else 100} %"
 
 
-def _short_source(source: str) -> str:
+def short_source(source: str) -> str:
     """The file's name and line: the whole path is in the JSON text."""
     return PurePath(source).name
 

@@ -13,6 +13,7 @@ PREFIX = "normfuse."
 LOWERINGS = ("auto", "triton", "inline", "op")
 NUMERICS = ("exact", "fast")
 TUNINGS = ("off", "cached", "compile")
+CHECKS = {"off": None, "sample": 1024, "all": 1}  # calls between two that are compared, at most
 RULE_NAMES = (
     "rms_norm",
     "l2_norm",
@@ -46,6 +47,8 @@ class Settings:
             user's. "compile": what they lack is measured while compiling, and kept. None: "compile"
             under max-autotune, else "cached".
         margin: the share by which the kernel must be faster, 0.03 for 3 %.
+        check: on which calls a fused site is compared with its inline form. "off": none.
+            "sample": calls 1, 2, 4, ..., 512, and every 1024th. "all": each.
     """
 
     lowering: str = "auto"
@@ -54,6 +57,7 @@ class Settings:
     skip: tuple[str, ...] = ()
     tune: str | None = None
     margin: float = MARGIN
+    check: str = "off"
 
     def __post_init__(self) -> None:
         _check_choice("lowering", self.lowering, LOWERINGS)
@@ -61,6 +65,7 @@ class Settings:
         if self.tune is not None:
             _check_choice("tune", self.tune, TUNINGS)
         _check_margin(self.margin)
+        _check_choice("check", self.check, tuple(CHECKS))
         for name in self.rules or ():
             _check_choice("rules", name, RULE_NAMES)
 
@@ -104,6 +109,11 @@ class Settings:
             return self
         tries = inductor_options.get("max_autotune")
         return replace(self, tune="compile" if tries else "cached")
+
+    @property
+    def check_interval(self) -> int | None:
+        """How many calls lie between two that are compared, at most; None: no call is."""
+        return CHECKS[self.check]
 
     def allows(self, rule: str) -> bool:
         """Whether a rule is used at all."""

@@ -41,5 +41,5 @@ def capture(model: Any, *args: Any, **options: Any) -> Callable[..., Any]:
 
 
 def _prefixed(options: dict[str, Any]) -> dict[str, Any]:
-    ours = ("lowering", "numerics", "rules", "skip")
+    ours = ("lowering", "numerics", "rules", "skip", "check")
     return {f"normfuse.{name}" if name in ours else name: value for name, value in options.items()}

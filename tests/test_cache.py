@@ -197,6 +197,7 @@ def test_the_digest_is_in_the_identity_of_every_pass(monkeypatch):
         {"numerics": "fast"},
         {"rules": ["rms_norm"]},
         {"skip": ["add_rms_norm"]},
+        {"check": "sample"},
     ],
     ids=str,
 )

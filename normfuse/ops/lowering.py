@@ -78,6 +78,7 @@ _REFERENCES: dict[Any, Callable[..., Any]] = {
     RMS_NORM_ADD_RMS_NORM_BACKWARD: rms_norm_add_rms_norm_backward_reference,
     QK_RMS_NORM_ROPE_BACKWARD: qk_rms_norm_rope_backward_reference,
 }
+ALL_OPS = tuple(_REFERENCES)
 
 
 def inline_form(op: Any) -> Callable[..., Any]:

@@ -241,6 +241,11 @@ def is_training(graph: Graph) -> bool:
     )
 
 
+def calls_python() -> bool:
+    """Whether the code that is being compiled can call an op that is written in Python."""
+    return not (V.aot_compilation or inductor_config.cpp_wrapper)
+
+
 def keep_artifact(name: str, graph: Graph) -> None:
     """Write a graph into the log of `TORCH_TRACE`, which tlparse shows, if there is one."""
     trace_structured(

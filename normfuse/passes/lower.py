@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_map
 
 from normfuse.ops import lowering as forms
+from normfuse.passes.check import add_check
 from normfuse.passes.choice import choose
 from normfuse.passes.form import Form, operands_of
 from normfuse.passes.recognise import is_op
@@ -29,10 +31,17 @@ class Lower:
 
     A form is traced once for each signature (op, numbers, shapes, strides, types, results in use)
     and copied to the sites that share it, so that the cost grows slowly with the number of layers.
+
+    Attributes:
+        settings: which forms.
+        recorder: gets what was chosen; None in ordinary compilations.
+        only: asked once for each site, in the order of the graphs; where it says no, the site is
+            inline. None leaves every site to the settings.
     """
 
     settings: Settings
     recorder: Recorder | None = None
+    only: Callable[[Node], bool] | None = None
 
     def __call__(self, graph: Graph) -> None:
         traced: dict[Any, Form] = {}
@@ -43,6 +52,8 @@ class Lower:
             counts[lowering] = counts.get(lowering, 0) + 1
             if self.recorder is not None:
                 self.recorder.lowered(Place.of(node), lowering, reason)
+            if lowering != "inline" and self.settings.check_interval is not None:
+                add_check(node, self.settings.check_interval)
             if lowering != "op":
                 _splice(node, lowering, traced)
         if counts:
@@ -51,6 +62,8 @@ class Lower:
     def form_of(self, node: Node) -> tuple[str, str | None]:
         """The form for one op, and why, where that is not what was asked for."""
         wanted = self.settings.lowering
+        if self.only is not None and not self.only(node):
+            return "inline", "left out"
         if wanted in ("op", "inline"):
             return wanted, None
         reason = obstacle(node)

@@ -23,10 +23,10 @@ class Place:
 
     @classmethod
     def of(cls, node: Node) -> Place:
-        return cls(_module_path(node.meta.get("nn_module_stack")), _source(node))
+        return cls(module_path(node.meta.get("nn_module_stack")), _source(node))
 
 
-def _module_path(stack: Any) -> str:
+def module_path(stack: Any) -> str:
     if not stack:
         return ""
     path = str(next(reversed(stack.values()))[0])
