@@ -1,177 +1,204 @@
 """Unmodified Hugging Face models on a GPU: normfuse against plain torch.compile, end to end.
 
-    python benchmarks/models.py --out benchmarks/results/models_h200.json
+    python benchmarks/models.py --time-limit 400 --out benchmarks/results/models_h200.json
+    python benchmarks/models.py --models qwen3_8b --cells decode1 decode64 --triton --jobs 1
 
-Real widths, random weights, few layers, a small vocabulary. Every contender runs under the CUDA
-graphs of `mode="reduce-overhead"`; their replays are interleaved, and medians of GPU time are kept.
-The models are much larger than the L2 cache, so every layer finds its weights and inputs cold.
+Real widths, random weights, few layers, a small vocabulary (`model_zoo.py`). Both contenders run
+under the CUDA graphs of `mode="reduce-overhead"`, and their replays take turns. Decoding is one
+token for each sequence, over a static cache that holds 512; every step is the same step.
+
+A result is compared with eager's before anything is timed, and one that is further from it than
+plain Inductor's allows is reported, not timed. Then, for each contender:
+
+    gpu_ms       GPU time of a step, medians over rounds; the CPU is ahead, so that no gap counts
+    wall_ms      the same on a clock, until the GPU is done
+    norm_us      of that, kernels of norms and rotary embeddings: ours, and Inductor's with a word
+                 such as rsqrt, mean, cos or cat in their name; what they fused with it counts, too
+    compiled_us  all kernels in Triton, Inductor's and ours: without the matrix products
+    compile_s    of the first cell of a model: without caches, in one thread, half of them plain
+                 first; tracing included, running and trying launches not
+    peak_mb      memory beyond weights and inputs while it compiles, records and replays
+
+Each model has a process of its own, so that models compile at the same time; they take turns on the
+GPU. Compile times hold while there are as many cores as processes. What the time limit cuts off is
+listed; the first cell of every model comes first.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
+import multiprocessing
+import os
+import queue
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from datetime import date
+from itertools import product
 from pathlib import Path
+from typing import Any
+
+# Kineto and CUDA graphs in one process, as `torch.compile` sets it for its own backend.
+os.environ.setdefault("DISABLE_CUPTI_LAZY_REINIT", "1")
+os.environ.setdefault("TEARDOWN_CUPTI", "0")
 
 import torch
+from model_cells import CELLS, TINY_CELLS, Plan, forget, measure
+from model_zoo import MODELS, build
+from models_summary import json_text, show, summary
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-import normfuse
+from normfuse.cli.bench.record import environment
+from normfuse.tuning.store import replace_file
 
-MODELS = {
-    "gemma3 4b": (
-        "gemma3_text",
-        {
-            "hidden_size": 2560,
-            "intermediate_size": 10240,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 4,
-            "head_dim": 256,
-        },
-    ),
-    "gemma3 27b": (
-        "gemma3_text",
-        {
-            "hidden_size": 5376,
-            "intermediate_size": 21504,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 16,
-            "head_dim": 128,
-        },
-    ),
-    "qwen3 8b": (
-        "qwen3",
-        {
-            "hidden_size": 4096,
-            "intermediate_size": 12288,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-        },
-    ),
-    "llama3 8b": (
-        "llama",
-        {
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-        },
-    ),
-    "olmo2 7b": (
-        "olmo2",
-        {
-            "hidden_size": 4096,
-            "intermediate_size": 11008,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 32,
-        },
-    ),
-}
-CONTENDERS = ("plain", "triton", "auto")
+LAST_SECONDS = 5  # of the time limit, to write and to show
+
+Row = dict[str, Any]
 
 
-def build(name: str, layers: int) -> torch.nn.Module:
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-
-    model_type, sizes = MODELS[name]
-    config = CONFIG_MAPPING[model_type](
-        **sizes, vocab_size=1024, num_hidden_layers=layers, pad_token_id=0
-    )
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    return model.eval()
-
-
-def compiled(model: torch.nn.Module, contender: str):
-    """The model under one contender, with a wrapper of its own so that none shares code."""
-    if contender == "plain":
-        options = {"triton.cudagraphs": True}
-    else:
-        options = normfuse.options(mode="reduce-overhead", lowering=contender)
-
-    def forward(ids):
-        return model(input_ids=ids, use_cache=False).logits
-
-    code = forward.__code__.replace(co_name=f"forward_{contender}")
-    own = type(forward)(code, forward.__globals__, code.co_name, None, forward.__closure__)
-    return torch.compile(own, options=options, dynamic=False)
-
-
-def milliseconds(runs, ids, rounds: int) -> dict[str, float]:
-    """Median GPU time of each contender, their calls interleaved."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.compiler.cudagraph_mark_step_begin()
-            start.record()
-            run(ids)
-            end.record()
-            end.synchronize()
-            times[name].append(start.elapsed_time(end))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def cell(name: str, batch: int, tokens: int, layers: int, rounds: int) -> dict[str, object]:
-    torch._dynamo.reset()
-    model = build(name, layers)
-    ids = torch.randint(3, 1000, (batch, tokens), device="cuda")
-    runs = {contender: compiled(model, contender) for contender in CONTENDERS}
-    with torch.no_grad():
-        milliseconds(runs, ids, 5)  # compile, record, replay
-        times = milliseconds(runs, ids, rounds)
-    ratios = {f"speedup_{c}": times["plain"] / times[c] for c in CONTENDERS if c != "plain"}
-    return {"model": name, "batch": batch, "tokens": tokens, "layers": layers, **times, **ratios}
-
-
-def main() -> None:
+def arguments_of(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--shapes", nargs="+", default=["1x64", "1x512", "1x4096"])
+    parser.add_argument("--cells", nargs="+", default=list(CELLS), choices=list(CELLS))
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--rounds", type=int, default=30, help="of timing, at least 1")
+    parser.add_argument("--triton", action="store_true", help='time lowering="triton", too')
+    parser.add_argument("--no-compile-times", action="store_true", help="compile with caches")
+    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="after the imports")
+    jobs = "processes; 1 is this one (default: one for each model, at most one for each core)"
+    parser.add_argument("--jobs", type=int, help=jobs)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="shrink all: measures nothing")
     parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
-    rows = []
-    cells = [(name, shape) for name in arguments.models for shape in arguments.shapes]
-    for name, shape in track(cells, description="measuring"):
-        batch, tokens = (int(part) for part in shape.split("x"))
-        rows.append(cell(name, batch, tokens, arguments.layers, arguments.rounds))
-        save(rows, arguments.out)
-    table = Table("model", "batch x tokens", *(f"{c} ms" for c in CONTENDERS), "triton", "auto")
-    for row in rows:
-        table.add_row(
-            row["model"],
-            f"{row['batch']} x {row['tokens']}",
-            *(f"{row[c]:.3f}" for c in CONTENDERS),
-            f"{row['speedup_triton']:.3f}x",
-            f"{row['speedup_auto']:.3f}x",
-        )
-    Console(width=110).print(table)
+    return parser.parse_args(argv)
 
 
-def save(rows, out: Path | None) -> None:
-    """Written after every cell, so that an interrupted run keeps what it has."""
-    if out is None:
+def rows_of(
+    models: list[str], arguments: argparse.Namespace, turn: AbstractContextManager[Any]
+) -> Iterator[Row]:
+    """A row for each cell, one of each model first."""
+    names = ("plain", "auto", "triton") if arguments.triton else ("plain", "auto")
+    options = {"disable_cpp_codegen": True} if arguments.device == "cpu" else {}
+    plan = Plan(names, arguments.rounds, options, turn)
+    cells = TINY_CELLS if arguments.tiny else CELLS
+    built: dict[str, Any] = {}
+    torch.compile(lambda x: x.sin().sum() + 1, options=options)(
+        torch.ones(8, device=arguments.device)  # imports are not what is measured
+    )
+    for cell, model in product(arguments.cells, models):
+        row: Row = {"model": model, "cell": cell, "layers": arguments.layers}
+        cold = cell == arguments.cells[0] and not arguments.no_compile_times
+        reverse = (list(MODELS).index(model) + list(CELLS).index(cell)) % 2 == 1
+        try:
+            if model not in built:
+                built[model] = build(model, arguments.device, arguments.layers, tiny=arguments.tiny)
+            found = measure(built[model], cells[cell], plan, cold=cold, reverse=reverse)
+            yield {**row, "contenders": found}
+        except Exception as error:  # such as a lack of memory; the other cells go on
+            yield {**row, "failed": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+        forget()
+
+
+def _work(models: list[str], arguments: argparse.Namespace, turn: Any, rows: Any) -> None:
+    """A process: sends its rows, and None at the end."""
+    for row in rows_of(models, arguments, turn):
+        rows.put(row)
+    rows.put(None)
+
+
+def run(arguments: argparse.Namespace, keep: Callable[[Row], None]) -> None:
+    """Measures all cells, until the time limit."""
+    deadline = time.monotonic() + (arguments.time_limit or 1e9) - LAST_SECONDS
+    jobs = arguments.jobs or min(len(arguments.models), os.cpu_count() or 1)
+    if jobs == 1:
+        for row in rows_of(arguments.models, arguments, nullcontext()):
+            keep(row)
+            if time.monotonic() > deadline:
+                return
         return
-    import triton
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    context = multiprocessing.get_context("spawn")
+    turn, rows = context.RLock(), context.Queue()
+    groups = [arguments.models[index::jobs] for index in range(jobs)]
+    processes = [
+        context.Process(target=_work, args=(group, arguments, turn, rows), daemon=False)
+        for group in filter(None, groups)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        _collect(processes, rows, deadline, keep)
+    finally:
+        for process in processes:
+            process.terminate()
 
-    environment = {
-        "command": "python benchmarks/models.py " + " ".join(sys.argv[1:]),
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "normfuse": normfuse.__version__,
-        "unit": "ms of GPU time, median",
+
+def _collect(processes: list[Any], rows: Any, deadline: float, keep: Callable[[Row], None]) -> None:
+    """The rows of all processes until each has ended, or the time has."""
+    num_running = len(processes)
+    while num_running and time.monotonic() < deadline:
+        try:
+            row = rows.get(timeout=1)
+        except queue.Empty:
+            if not any(process.is_alive() for process in processes):
+                return  # killed, such as for memory: what is missing is listed
+            continue
+        if row is None:
+            num_running -= 1
+        else:
+            keep(row)
+
+
+def record_of(arguments: argparse.Namespace, rows: list[Row], command: str) -> dict[str, Any]:
+    """What is written: environment, summary, rows, and what is missing."""
+    import transformers
+
+    reached = {(row["model"], row["cell"]) for row in rows}
+    wanted = product(arguments.cells, arguments.models)
+    return {
+        **environment(command),
+        "transformers": transformers.__version__,
+        "date": date.today().isoformat(),
+        "measured": arguments.device == "cuda" and not arguments.tiny,
+        "layers": arguments.layers,
+        "rounds": arguments.rounds,
+        "notes": [
+            f"{arguments.layers} layers, random weights, a vocabulary of 1024, bfloat16",
+            "norm_us counts Inductor's kernels by their names, whatever is fused with the norms",
+        ],
+        "summary": summary(rows),
+        "not_reached": [
+            f"{model} {cell}" for cell, model in wanted if (model, cell) not in reached
+        ],
+        "rows": rows,
     }
-    out.write_text(json.dumps({**environment, "rows": rows}, indent=2) + "\n")
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = arguments_of(argv)
+    command = " ".join(["python benchmarks/models.py", *argv])
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+    )
+    rows: list[Row] = []
+    task = bar.add_task("measuring", total=len(arguments.models) * len(arguments.cells))
+
+    def keep(row: Row) -> None:
+        rows.append(row)
+        bar.update(task, advance=1, description=f"{row['model']} {row['cell']}")
+        if arguments.out:
+            replace_file(arguments.out, json_text(record_of(arguments, rows, command)))
+
+    with bar:
+        run(arguments, keep)
+    show(record_of(arguments, rows, command))
 
 
 if __name__ == "__main__":

@@ -36,6 +36,15 @@ def test_table_of_kernels():
     )
 
 
+def test_table_of_models():
+    tool = tool_named("models_table")
+    text = (ROOT / "README.md").read_text()
+    assert text.count(tool.BEGIN) == text.count(tool.END) == 1
+    assert tool.with_section(text, tool.committed()) == text, (
+        "run: python tools/models_table.py --write"
+    )
+
+
 def test_graph_after():
     """The call that the README shows for a Gemma 3 block stands in the rewritten graph."""
     readme = (ROOT / "README.md").read_text()

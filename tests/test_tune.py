@@ -11,7 +11,7 @@ from normfuse.__main__ import main
 from normfuse.cli import real_models, sites, subject, tune, workers
 from normfuse.cli.errors import UsageError
 from normfuse.passes import choice, lower, measure
-from normfuse.tuning import Document, Rows
+from normfuse.tuning import Document, Rows, kernel_digest
 from tests import blocks
 
 pytest.importorskip("triton")
@@ -83,6 +83,7 @@ def test_out_writes_a_table_as_it_is_shipped(tmp_path, capsys):
     assert document.text() == path.read_text()
     assert (document.device, document.torch) == ("A GPU", torch.__version__)
     assert document.command.startswith("python -m normfuse tune")
+    assert document.kernels == {op: kernel_digest(op) for op in ("add_rms_norm", "rms_norm")}
     found = [(entry.key.op, *entry.key.widths) for entry in document.entries]
     assert found == [(op, width) for op in ("add_rms_norm", "rms_norm") for width in (32, 64)]
     assert len(tuning.tables()._users) == 0

@@ -2,14 +2,20 @@
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
 from normfuse import tuning
+from normfuse.ops.kernels import launches
+from normfuse.passes import choice
+from normfuse.passes.region import key_of
+from normfuse.settings import Settings
 from normfuse.tuning import (
     MARGIN,
     Document,
@@ -20,6 +26,8 @@ from normfuse.tuning import (
     Table,
     Tables,
     bucket,
+    digest,
+    kernel_digest,
     store,
 )
 
@@ -31,8 +39,9 @@ def measured(rows, speedup, *neighbours, share=1.0):
     return Entry(KEY, Measurement(rows, neighbours, 10.0 * speedup, 10.0, share))
 
 
-def document(*entries):
-    return Document("A GPU", "2.11.0+cu130", "3.6.0", "0.1", "2026-01-31", "a command", entries)
+def document(*entries, kernels=None):
+    words = ("A GPU", "2.11.0+cu130", "3.6.0", "0.1", "2026-01-31", "a command")
+    return Document(*words, entries, {"rms_norm": kernel_digest("rms_norm"), **(kernels or {})})
 
 
 def wins(table, rows, *neighbours, margin=MARGIN, key=KEY):
@@ -263,6 +272,131 @@ class TestUsersTable:
         assert tuning.tables().directory.is_relative_to(tmp_path / "other")
 
 
+class TestStaleMeasurements:
+    """Shipped measurements of a kernel that has changed since."""
+
+    @pytest.fixture
+    def shipped(self, tmp_path):
+        def write(**kernels):
+            path = tmp_path / "shipped" / "table.json"
+            store.replace_file(path, document(measured(64, FASTER), kernels=kernels).text())
+            return Tables(tmp_path / "own", path.parent)
+
+        return write
+
+    def test_decide_nothing(self, shipped):
+        assert wins(shipped().table, Rows.exactly(64)) is True
+        tables = shipped(rms_norm="of another kernel")
+        assert wins(tables.table, Rows.exactly(64)) is None
+        assert [entry.key for entry in tables.stale] == [KEY]
+
+    def test_include_those_of_an_unknown_kernel(self, shipped, tmp_path):
+        shipped()
+        path = tmp_path / "shipped" / "table.json"
+        head = json.loads(path.read_text())
+        del head["kernels"]
+        path.write_text(json.dumps(head))
+        assert wins(Tables(tmp_path / "own", path.parent).table, Rows.exactly(64)) is None
+
+    def test_are_replaced_by_new_ones(self, shipped):
+        tables = shipped(rms_norm="of another kernel")
+        assert not tables.table.knows(KEY, Rows.exactly(64), ())
+        tables.add(document(measured(64, FASTER)))
+        assert wins(tables.table, Rows.exactly(64)) is True
+
+    def test_are_named_in_the_report(self, monkeypatch, tmp_path):
+        pytest.importorskip("triton")
+        from tests.test_choice import site
+
+        node, path = site(64), tmp_path / "shipped" / "table.json"
+        key = key_of(node, "A GPU")
+        entry = Entry(key, Measurement(64, (), 20.0, 10.0))
+        head = ("A GPU", torch.__version__, "3.6.0", "0.1", "2026-01-31", "a command")
+        monkeypatch.setattr(choice, "device_name", lambda device: "A GPU")
+
+        def chosen(node, kernel):
+            store.replace_file(path, Document(*head, (entry,), {"rms_norm": kernel}).text())
+            tables = Tables(tmp_path / "own", path.parent)
+            monkeypatch.setattr(tuning, "tables", lambda: tables)
+            return choice.choose(node, Settings("auto", tune="cached"), torch.device("cuda"))
+
+        assert chosen(node, kernel_digest("rms_norm"))[0] == "triton"
+        assert chosen(node, "another") == (
+            "inline",
+            "measured with another version of the kernel: run `python -m normfuse tune`",
+        )
+        assert chosen(site(16384), "another")[1].startswith("not measured on A GPU")
+
+
+class TestKernelDigest:
+    OPS = ("rms_norm", "add_rms_norm", "qk_rms_norm_rope", "rms_norm_backward")
+
+    @pytest.fixture
+    def sources(self, monkeypatch, tmp_path):
+        """A copy of the kernel files that a test may edit."""
+        root = shutil.copytree(digest._ROOT, tmp_path / "kernels")
+        monkeypatch.setattr(digest, "_ROOT", root)
+        yield root
+        self.forget()
+
+    @staticmethod
+    def forget():
+        kernel_digest.cache_clear()
+        digest._definitions.cache_clear()
+
+    def changed(self, change=lambda: None):
+        """The ops whose digests an edit changes."""
+        self.forget()
+        before = {op: kernel_digest(op) for op in self.OPS}
+        change()
+        self.forget()
+        return {op for op in self.OPS if kernel_digest(op) != before[op]}
+
+    @pytest.mark.parametrize(
+        ("file", "old", "new", "ops"),
+        [
+            ("rms_norm", "y_ptr += row * N", "y_ptr += row * (N + 1)", {"rms_norm"}),
+            ("chunks", "index * BLOCK +", "BLOCK * index +", {"rms_norm", "add_rms_norm"}),
+            ("slots", "SLOTS = 3", "SLOTS = 4", {"qk_rms_norm_rope"}),
+            ("tile", "VECTOR = 8 ", "VECTOR = 4 ", {"rms_norm", "add_rms_norm"}),
+            ("tile", "MAX_THREADS = 1024", "MAX_THREADS = 512", set(OPS[:3])),
+        ],
+    )
+    def test_follows_the_code_that_an_op_reaches(self, sources, file, old, new, ops):
+        path = sources / f"{file}.py"
+        text = path.read_text()
+        assert old in text
+        assert self.changed(lambda: path.write_text(text.replace(old, new, 1))) == ops
+
+    def test_ignores_words_and_what_an_op_does_not_reach(self, sources):
+        path = sources / "chunks.py"
+        text = path.read_text()
+        text = text.replace('"""The columns of one tile', '"""All columns of the tile')
+        text = text.replace("    tiles = ()\n", "    # A comment.\n\n    tiles = ()\n")
+        text += "\n\ndef for_another_op(x):\n    return columns(x)\n"
+        assert text != path.read_text()
+        assert self.changed(lambda: path.write_text(text)) == set()
+
+    def test_follows_the_launches_of_an_op_only(self, sources, monkeypatch):
+        def replace(op, **fields):
+            entries = tuple(one._replace(**fields) for one in launches.LAUNCHES[op])
+            monkeypatch.setitem(launches.LAUNCHES, op, entries)
+
+        assert self.changed(lambda: replace("rms_norm", num_warps=2)) == {"rms_norm"}
+        assert self.changed(lambda: replace("rms_norm", speedups=(9.0, 9.0))) == set()
+        assert self.changed(lambda: replace("rms_norm_add", num_warps=2)) == set()
+
+    def test_is_the_same_for_every_python(self):
+        """Of a tree whose form differs between the versions that we run on."""
+        (function,) = digest.ast.parse("def f(x, *, y=1.0): return f'{x!r} {y}'").body
+        assert digest._text(function) == (
+            "FunctionDef(name='f' args=arguments(args=[arg(arg='x')] kwonlyargs=[arg(arg='y')] "
+            "kw_defaults=[Constant(value=1.0)]) body=[Return(value=JoinedStr(values=["
+            "FormattedValue(value=Name(id='x' ctx=Load()) conversion=114) Constant(value=' ') "
+            "FormattedValue(value=Name(id='y' ctx=Load()) conversion=-1)]))])"
+        )
+
+
 def test_shipped_tables_are_whole(caplog):
     paths = sorted(store.SHIPPED.glob("*.json"))
     documents = store.read(store.SHIPPED)
@@ -271,3 +405,4 @@ def test_shipped_tables_are_whole(caplog):
         assert found.text() == path.read_text(), f"{path.name} is not as Document.text() writes it"
         assert found.command, path.name
         assert found.entries, path.name
+        assert found.kernels.keys() == {entry.key.op for entry in found.entries}, path.name

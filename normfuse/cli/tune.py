@@ -191,8 +191,10 @@ def _keep(out: Path | None, documents: list[Document]) -> None:
     if out is None:
         tuning.tables().add(documents[-1])
     else:
-        entries = sorted(tuning.merged(documents), key=_order)
-        store.replace_file(out, replace(documents[0], entries=tuple(entries)).text())
+        entries = tuple(sorted(tuning.merged(documents), key=_order))
+        kernels = {op: text for one in documents for op, text in one.kernels.items()}
+        whole = replace(documents[0], entries=entries, kernels=dict(sorted(kernels.items())))
+        store.replace_file(out, whole.text())
 
 
 def _order(entry: Entry) -> Any:

@@ -141,6 +141,8 @@ def _what(found: Measurement) -> str:
 
 
 def _unmeasured(key: Key, rows: Rows) -> str:
+    if tuning.tables().stale.has_measured(key, rows):
+        return "measured with another version of the kernel: run `python -m normfuse tune`"
     widths = " and ".join(str(width) for width in dict.fromkeys(key.widths))
     return (
         f"not measured on {key.device} with torch {key.torch} for {key.op} of width {widths} at "

@@ -19,7 +19,7 @@ from normfuse.passes import inductor
 from normfuse.passes.lower import Lower
 from normfuse.passes.region import Region, Spec
 from normfuse.settings import Settings
-from normfuse.tuning import Document, Entry, Measurement
+from normfuse.tuning import Document, Entry, Measurement, kernel_digest
 
 FORMS = ("inline", "triton")
 # The inputs of one round exceed the L2 cache by this, so that each call finds its own cold. Small
@@ -71,6 +71,7 @@ def measure(
         date.today().isoformat(),
         command,
         (Entry(region.key, measurement),),
+        {region.key.op: kernel_digest(region.key.op)},
     )
 
 

@@ -1,7 +1,8 @@
 """Choice by measurement: tables of what was measured, and what they say about a site.
 
 A process reads the tables once: those shipped with the package, then the user's, whose measurements
-come from this very machine and replace shipped ones of the same site.
+come from this very machine and replace shipped ones of the same site. A shipped measurement of a
+kernel that has changed since is stale: it decides nothing, for what was faster may now be slower.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import threading
 from pathlib import Path
 
 from normfuse.tuning import store
+from normfuse.tuning.digest import kernel_digest
 from normfuse.tuning.entry import Document, Entry, Key, Measurement, merged, minor
 from normfuse.tuning.table import Rows, Table, Verdict, bucket
 
@@ -25,6 +27,7 @@ __all__ = [
     "Tables",
     "Verdict",
     "bucket",
+    "kernel_digest",
     "merged",
     "minor",
     "tables",
@@ -37,14 +40,19 @@ class Tables:
     """The shipped tables and one user's, as this process knows them.
 
     Attributes:
-        table: all measurements of both.
-        directory: where the user's are.
+        table: all measurements of both that hold.
+        stale: the shipped ones that do not hold any more.
+        directory: where the user's are; it belongs to the kernels of now.
     """
 
     def __init__(self, directory: Path, shipped: Path = store.SHIPPED) -> None:
         self.directory = directory
         self._users = Table(merged(store.read(directory)))
-        self.table = Table([*merged(store.read(shipped)), *self._users])
+        found = [
+            (entry, one.is_stale(entry)) for one in store.read(shipped) for entry in one.entries
+        ]
+        self.table = Table([*(entry for entry, is_stale in found if not is_stale), *self._users])
+        self.stale = Table(entry for entry, is_stale in found if is_stale)
         self._lock = threading.Lock()
 
     def add(self, document: Document) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
+from normfuse.tuning.digest import kernel_digest
+
 SCHEMA = 1  # of the JSON documents; goes up when a field changes its meaning or goes away
+_NOT_WORDS = ("entries", "kernels")
 
 
 class Key(NamedTuple):
@@ -87,6 +90,7 @@ class Document:
         date: of the run, as 2026-01-31.
         command: what repeats it.
         entries: all of this device and the minor version of this torch.
+        kernels: for each op, the digest of the kernel that was measured (`kernel_digest`).
     """
 
     device: str
@@ -96,6 +100,12 @@ class Document:
     date: str
     command: str
     entries: tuple[Entry, ...]
+    kernels: dict[str, str] = field(default_factory=dict)
+
+    def is_stale(self, entry: Entry) -> bool:
+        """Whether an entry was measured with another kernel than the one that would run now."""
+        op = entry.key.op
+        return self.kernels.get(op) != kernel_digest(op)
 
     def text(self) -> str:
         """JSON, one line for each entry, so that a diff shows what was measured anew."""
@@ -121,11 +131,11 @@ class Document:
                 "measure it again with `python -m normfuse tune`"
             )
         try:
-            head = {
-                name: str(found[name]) for name in cls.__dataclass_fields__ if name != "entries"
-            }
+            words = [name for name in cls.__dataclass_fields__ if name not in _NOT_WORDS]
+            head = {name: str(found[name]) for name in words}
             keyed = head["device"], minor(head["torch"])
-            return cls(**head, entries=tuple(_entry(*keyed, one) for one in found["entries"]))
+            entries = tuple(_entry(*keyed, one) for one in found["entries"])
+            return cls(**head, entries=entries, kernels=dict(found.get("kernels", {})))
         except (KeyError, TypeError) as error:
             raise ValueError(
                 f"a table must have every field of its schema, got {type(error).__name__} {error}: "

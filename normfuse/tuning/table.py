@@ -74,6 +74,11 @@ class Table:
         """Whether a site's own bucket was measured with its own neighbours."""
         return (bucket(rows.typical), neighbours) in self._found.get(key, {})
 
+    def has_measured(self, key: Key, rows: Rows) -> bool:
+        """Whether a site's bucket, or those around it, were measured, with whatever neighbours."""
+        measured = {size: one for (size, _), one in self._found.get(key, {}).items()}
+        return bool(_around(measured, bucket(rows.typical)))
+
     def verdict(
         self, key: Key, rows: Rows, neighbours: tuple[str, ...], margin: float
     ) -> Verdict | None:

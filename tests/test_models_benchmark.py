@@ -1,0 +1,175 @@
+"""benchmarks/models.py without a GPU: a tiny model goes through it, made-up numbers are summed."""
+
+import importlib
+import json
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+
+from tests.test_readme import tool_named
+
+pytest.importorskip("transformers")
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+
+def benchmark(name):
+    """A file of benchmarks/ as a module, which finds its neighbours as a script does."""
+    sys.path.insert(0, str(FOLDER))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(FOLDER))
+
+
+models, model_cells, model_zoo = map(benchmark, ("models", "model_cells", "model_zoo"))
+models_summary = benchmark("models_summary")
+
+
+def test_a_tiny_model_goes_through_every_step(tmp_path, capsys):
+    out = tmp_path / "models.json"
+    argv = "--device cpu --tiny --jobs 1 --models llama3_8b --cells decode1 --layers 1 --rounds 1"
+    models.main([*argv.split(), "--no-compile-times", "--out", str(out)])
+
+    record = json.loads(out.read_text())
+    (row,) = record["rows"]
+    assert (row["model"], row["cell"]) == ("llama3_8b", "decode1")
+    for one in row["contenders"].values():
+        assert one["gpu_ms"] > 0
+        assert one["wall_ms"] > 0
+    assert row["contenders"].keys() == {"plain", "auto"}
+    assert record["not_reached"] == record["summary"]["failed"] == []
+    assert record["summary"]["cells"] == 1
+    assert "llama3_8b" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="must be measured, got a trial"):
+        tool_named("models_table").section(record)
+
+
+class Interpreted:
+    """A contender that compiles nothing; `wrong` is added to the logits of auto."""
+
+    wrong = 0.0
+
+    def __init__(self, name, model, turn, options):
+        self.name, self.model, self.turn, self.running = name, model, turn, 0.0
+
+    def __call__(self, inputs):
+        return self.model(**inputs).logits + (self.wrong if self.name == "auto" else 0)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return model_zoo.build("gemma3_4b", "cpu", 2, tiny=True)
+
+
+class TestMeasure:
+    @pytest.fixture(autouse=True)
+    def without_a_compiler(self, monkeypatch):
+        monkeypatch.setattr(model_cells, "Contender", Interpreted)
+
+    def measured(self, model, cell="prefill512"):
+        plan = model_cells.Plan(("plain", "auto"), 2, {}, nullcontext())
+        make = model_cells.TINY_CELLS[cell]
+        return model_cells.measure(model, make, plan, cold=False, reverse=True)
+
+    def test_every_step_of_decoding_is_the_same(self, model):
+        """Else the third call, which is compared, would be further than the first, eager's."""
+        found = self.measured(model, "decode64")
+        assert found["plain"]["error"] == found["auto"]["error"] == 0
+        assert list(found) == ["plain", "auto"]
+
+    def test_a_wrong_result_is_reported_and_not_timed(self, model, monkeypatch):
+        monkeypatch.setattr(Interpreted, "wrong", 1.0)
+        found = self.measured(model)
+        assert found["auto"]["failed"].startswith("differs from eager by ")
+        assert "gpu_ms" not in found["auto"]
+        assert found["plain"]["gpu_ms"] > 0
+
+    def test_a_contender_that_raises_is_reported(self, model, monkeypatch):
+        monkeypatch.setattr(Interpreted, "wrong", "no number")
+        found = self.measured(model)
+        assert found["auto"]["failed"].startswith("TypeError: ")
+        assert found["plain"]["gpu_ms"] > 0
+
+
+@pytest.mark.parametrize("layers", [2, 4, 6])
+@pytest.mark.parametrize("name", ["gemma3_4b", "gemma4_experts"])
+def test_fewer_layers_keep_both_kinds(name, layers):
+    from transformers import CONFIG_MAPPING
+
+    model_type, sizes = model_zoo.MODELS[name]
+    kinds = model_zoo._cut(CONFIG_MAPPING[model_type], layers, sizes).layer_types
+    assert len(kinds) == layers
+    assert set(kinds) == {"sliding_attention", "full_attention"}
+    if layers == 6:
+        assert kinds.count("full_attention") == 1
+
+
+def test_kernels_are_told_apart_by_their_names():
+    kernels = [
+        ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_NNT", 60.0),
+        ("triton_red_fused__to_copy_add_mean_mul_pow_rsqrt_3", 15.0),
+        ("triton_poi_fused_add_cat_mul_neg_slice_4", 5.0),
+        ("triton_poi_fused_mul_silu_5", 6.0),
+        ("add_rms_norm_kernel_0", 9.0),
+        ("qk_rms_norm_rope_kernel_1", 1.0),
+        ("Memcpy DtoD (Device -> Device)", 100.0),
+        ("pytorch_flash::flash_fwd_kernel", 4.0),
+    ]
+    found = model_cells.shares(kernels)
+    assert found["kernels_us"] == 100
+    assert found["compiled_us"] == 36
+    assert found["norm_us"] == 30
+    assert found["norm_share"] == 0.3
+    assert "profile_failed" in model_cells.shares([])
+
+
+def row(model, cell, plain, auto, compile_s=(None, None)):
+    """A row whose contenders took so many milliseconds, a tenth of them in norms."""
+    found = {
+        name: {"gpu_ms": ms, "wall_ms": ms, "norm_us": 100 * ms, "norm_share": 0.1}
+        for name, ms in (("plain", plain), ("auto", auto))
+    }
+    for one, seconds in zip(found.values(), compile_s, strict=True):
+        one["compile_s"] = seconds
+    return {"model": model, "cell": cell, "layers": 6, "contenders": found}
+
+
+ROWS = [
+    row("qwen3_8b", "decode1", 2.0, 1.0, (10.0, 12.0)),
+    row("llama3_8b", "decode1", 1.0, 2.0),
+    row("llama3_8b", "prefill512", 1.0, 1.0),
+    {"model": "glm4_9b", "cell": "decode1", "layers": 6, "failed": "RuntimeError: no memory"},
+]
+
+
+def test_summary():
+    found = models_summary.summary(ROWS)
+    assert found["cells"] == 3
+    assert found["speedup"] == pytest.approx(1)
+    assert found["speedup_qk_norm"] == pytest.approx(2)
+    assert found["speedup_by_cell"] == pytest.approx({"decode1": 1, "prefill512": 1})
+    assert found["worst"] == ["llama3_8b", "decode1", 0.5]
+    assert found["slower"] == ["llama3_8b decode1"]
+    assert found["compile_time_ratio"] == pytest.approx(1.2)
+    assert found["failed"] == ["glm4_9b decode1: RuntimeError: no memory"]
+    assert models_summary.summary([])["speedup"] is None
+
+
+def test_what_the_time_limit_cuts_off_is_listed():
+    arguments = models.arguments_of(["--models", "qwen3_8b", "llama3_8b", "--cells", "decode1"])
+    assert models.record_of(arguments, ROWS[:1], "")["not_reached"] == ["llama3_8b decode1"]
+
+
+def test_section_of_the_readme():
+    arguments = models.arguments_of([])
+    record = models.record_of(arguments, ROWS, "python benchmarks/models.py")
+    record = json.loads(models_summary.json_text(record))
+    text = tool_named("models_table").section({**record, "gpu": "A GPU", "not_reached": ["one"]})
+    assert "Geometric mean 1.00x, of models with QK-norm 2.00x; the worst is" in text
+    assert "llama3_8b decode 1 at 0.50x" in text
+    assert "2 cells are missing" in text
+    assert "| `llama3_8b` | 1.00x |  | 0.50x |  | 0.71x | 10 % -> 10 % |" in text
+    assert "| all | 1.00x |  | 1.00x |  | 1.00x | 10 % -> 10 % |" in text
