@@ -318,7 +318,7 @@ class TestStaleMeasurements:
             store.replace_file(path, Document(*head, (entry,), {"rms_norm": kernel}).text())
             tables = Tables(tmp_path / "own", path.parent)
             monkeypatch.setattr(tuning, "tables", lambda: tables)
-            return choice.choose(node, Settings("auto", tune="cached"), torch.device("cuda"))
+            return choice.choose(node, Settings("auto", tune="cached"))
 
         assert chosen(node, kernel_digest("rms_norm"))[0] == "triton"
         assert chosen(node, "another") == (
