@@ -13,8 +13,11 @@ from torch.fx.experimental.symbolic_shapes import (
 
 from normfuse.backend import patches
 from normfuse.ops.add_rms_norm_backward import ADD_RMS_NORM_BACKWARD
+from normfuse.ops.dual_rms_norm_add_backward import DUAL_RMS_NORM_ADD_BACKWARD
+from normfuse.ops.dual_rms_norm_add_rms_norm_backward import DUAL_RMS_NORM_ADD_RMS_NORM_BACKWARD
 from normfuse.ops.qk_rms_norm_rope_backward import QK_RMS_NORM_ROPE_BACKWARD
 from normfuse.ops.rms_norm_add_rms_norm_backward import RMS_NORM_ADD_RMS_NORM_BACKWARD
+from normfuse.ops.rms_norms_backward import RMS_NORMS_BACKWARD
 from normfuse.passes import inductor, lower
 from normfuse.settings import Settings
 from tests.blocks import GemmaBlock, LlamaBlock, activation
@@ -119,6 +122,41 @@ def test_the_sandwich_is_one_pass(kernels_on_cpu):
     graph = lowered(backward, *[(64, 96)] * 4, (96,), (64, 1))
 
     assert len(launches(graph)) == 2
+
+
+def test_norms_of_one_value_are_one_pass(kernels_on_cpu):
+    def backward(x, grad_1, grad_2, weight, rstd):
+        numbers = ([1.0, 0.0], [1.0, 0.5], [LLAMA] * 2, [True] * 3)
+        return RMS_NORMS_BACKWARD(x, [grad_1, grad_2], [weight] * 2, rstd, *numbers)
+
+    rows, partials = launches(lowered(backward, *[(64, 96)] * 3, (96,), (64, 1)))
+
+    clones = ["grad_x_ptr", "partial_1_ptr", "partial_2_ptr"]
+    assert rows.kwargs["tensors_to_clone"] == clones
+    assert partials.kwargs["tensors_to_clone"] == ["grad_weight_1_ptr", "grad_weight_2_ptr"]
+
+
+def test_two_branches_are_one_pass(kernels_on_cpu):
+    def backward(grad_total, x_1, x_2, weight, rstd):
+        norms = ([weight] * 3, [rstd] * 3, None, None, None, 0.5, [1.0] * 3, [LLAMA] * 3)
+        return DUAL_RMS_NORM_ADD_BACKWARD(grad_total, x_1, x_2, *norms, BF16, [True] * 6)
+
+    graph = lowered(backward, *[(64, 96)] * 3, (96,), (64, 1))
+
+    assert len(launches(graph)) == 2
+
+
+def test_two_branches_and_the_norm_of_the_sum_are_one_pass(kernels_on_cpu):
+    def backward(grad_y, grad_total, x_1, x_2, total, weight, rstd):
+        norms = ([weight] * 4, [rstd] * 4, None, None, None, None, [1.0] * 4, [LLAMA] * 4)
+        return DUAL_RMS_NORM_ADD_RMS_NORM_BACKWARD(
+            grad_y, grad_total, x_1, x_2, total, *norms, BF16, [True] * 7
+        )
+
+    rows, partials = launches(lowered(backward, *[(64, 96)] * 5, (96,), (64, 1)))
+
+    assert "partial_4_ptr" in rows.kwargs["tensors_to_clone"]
+    assert "grad_weight_4_ptr" in partials.kwargs["tensors_to_clone"]
 
 
 def test_queries_and_keys_are_one_pass(kernels_on_cpu):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
 
 import normfuse
@@ -43,16 +43,48 @@ def doubles(*shapes):
 @pytest.mark.parametrize(
     ("op", "count"), [(DUAL_RMS_NORM_ADD, 3), (DUAL_RMS_NORM_ADD_RMS_NORM, 4)], ids=str
 )
-def test_gradients(op, count):
+@pytest.mark.parametrize("scales_learn", [True, False])
+def test_gradients(op, count, scales_learn):
     plan = "f64 unit=f64 weight=f64 out=f64"
     norms = [(1e-5, 1.0, plan), (0.1, 0.0, plan), (0.2, 0.5, plan), (0.3, 0.25, plan)][:count]
     inputs = doubles(*[(3, 5)] * 3, *[5] * count, 1, ())
+    for scale in inputs[-2:]:
+        scale.requires_grad_(scales_learn)
 
     def every_result(*tensors):
         return op(*tensors, 0.22, 0.7, *(value for norm in norms for value in norm))
 
     assert gradcheck(every_result, inputs)
     assert gradcheck(lambda *tensors: every_result(*tensors)[-1], inputs)
+    assert gradcheck(lambda *tensors: sum(every_result(*tensors)[: count - 2]), inputs)
+
+
+@pytest.mark.parametrize(
+    ("op", "count"), [(DUAL_RMS_NORM_ADD, 3), (DUAL_RMS_NORM_ADD_RMS_NORM, 4)], ids=str
+)
+def test_gradients_of_gradients(op, count):
+    plan = "f64 unit=f64 weight=f64 out=f64"
+    norms = (0.1, 1.0, plan) * count
+    inputs = doubles(*[(2, 3)] * 3, *[3] * count)
+
+    assert gradgradcheck(lambda *t: op(*t, None, None, 0.7, 0.3, *norms)[0], inputs)
+
+
+def test_the_same_gradients_whether_a_scale_learns():
+    tensors = [t.requires_grad_() for t in LAYOUTS["transposed"]()]
+    weights = [torch.randn(8, requires_grad=True) for _ in range(4)]
+    inputs, upstream = (*tensors, *weights), torch.randn(2, 3, 4, 8)
+
+    def gradients(scale):
+        y, total = normfuse.dual_rms_norm_add_rms_norm(*tensors, weights, total_scale=scale)
+        return torch.autograd.grad((y * total).sum() + (total * upstream).sum(), inputs)
+
+    by_the_op, plain = (gradients(torch.tensor(0.7, requires_grad=b)) for b in (False, True))
+
+    for one, other in zip(by_the_op, plain, strict=True):
+        # Sums of 24 rows in float32, in two orders, behind sums of 8 columns.
+        rounding = (24 + 3 * 8) * torch.finfo(torch.float32).eps
+        assert (one - other).abs().max() <= rounding * other.abs().max()
 
 
 def test_gradients_without_weights():

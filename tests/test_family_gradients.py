@@ -25,7 +25,12 @@ BACKWARD = {
     "olmo2": {"qk_rms_norm_rope_backward", "rms_norm_add_backward"},
     "gemma2": {"rms_norm_backward", "rms_norm_add_rms_norm_backward"},
     "gemma3_text": {"rms_norm_add_rms_norm_backward", "qk_rms_norm_rope_backward"},
-    "gemma4_text@moe": {"rms_norm_add_backward", "qk_rms_norm_rope_backward"},
+    "gemma4_text@moe": {
+        "rms_norm_add_backward",
+        "rms_norms_backward",
+        "dual_rms_norm_add_backward",
+        "qk_rms_norm_rope_backward",
+    },
 }
 
 

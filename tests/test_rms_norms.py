@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 from expecttest import TestCase
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
 
 import normfuse
@@ -289,6 +289,17 @@ def test_gradients():
 
     assert gradcheck(every_result, (x, v, w))
     assert gradcheck(lambda *inputs: every_result(*inputs)[1], (x, v, w))
+    assert gradcheck(lambda *inputs: sum(every_result(*inputs)[:-1]), (x, v, w))
+    assert gradgradcheck(lambda *inputs: sum(every_result(*inputs)[:2]), (x, v, w))
+
+
+def test_gradients_of_l2_norms():
+    plans = [RoundingPlan.once(torch.float64, torch.float64).with_mean("sum")] * 2
+    x, v, w = (
+        torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 5), 5, 5)
+    )
+
+    assert gradcheck(lambda x, *weights: normfuse.rms_norms(x, weights, plans=plans), (x, v, w))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

@@ -12,10 +12,13 @@ from torch.utils.checkpoint import (
 import normfuse
 from normfuse.ops import ADD_RMS_NORM, RMS_NORM, RoundingPlan
 from normfuse.ops.add_rms_norm_backward import ADD_RMS_NORM_BACKWARD
+from normfuse.ops.dual_rms_norm_add_backward import DUAL_RMS_NORM_ADD_BACKWARD
+from normfuse.ops.dual_rms_norm_add_rms_norm_backward import DUAL_RMS_NORM_ADD_RMS_NORM_BACKWARD
 from normfuse.ops.qk_rms_norm_rope_backward import QK_RMS_NORM_ROPE_BACKWARD
 from normfuse.ops.rms_norm_add_backward import RMS_NORM_ADD_BACKWARD
 from normfuse.ops.rms_norm_add_rms_norm_backward import RMS_NORM_ADD_RMS_NORM_BACKWARD
 from normfuse.ops.rms_norm_backward import RMS_NORM_BACKWARD
+from normfuse.ops.rms_norms_backward import RMS_NORMS_BACKWARD
 from normfuse.testing import capture
 from tests.blocks import GemmaBlock, LlamaBlock, activation
 from tests.kernels.backward import rstd_of
@@ -235,6 +238,19 @@ def gradient_ops():
     yield (
         RMS_NORM_ADD_RMS_NORM_BACKWARD,
         (x, None, x, wide, *weights, *scales, *norms, [True, False, True, True]),
+    )
+    lists = ([x, wide], [weight], rstd, [1.0, 0.0], [1.0, 0.5])
+    weightless = str(RoundingPlan.once(BF16, None))
+    yield RMS_NORMS_BACKWARD, (wide, *lists, [PLAN, weightless], both)
+    yield RMS_NORMS_BACKWARD, (wide, *lists, [weightless, PLAN], [False, True])
+    plans = [PLAN, weightless, PLAN, PLAN]
+    norms = ([weight] * 2, [rstd] * 3, *scales, [1.0] * 3, plans[:3], torch.float32)
+    mask = [True, True, True, True, False, True]
+    yield DUAL_RMS_NORM_ADD_BACKWARD, (x, x, wide, *norms, mask)
+    norms = ([weight] * 3, [rstd] * 4, *none, [0.0] * 4, plans, BF16)
+    yield (
+        DUAL_RMS_NORM_ADD_RMS_NORM_BACKWARD,
+        (x, None, x, wide, wide, *norms, [True, False, True, False, False, True, True]),
     )
     turn, table = "half 8 in=bf16 out=bf16", activation(3)
     lists = ([turned, x], [turned, x], [weight], [rstd_of(turned), rstd])

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from normfuse.ops.registration import register
+from normfuse.ops.dual_rms_norm_add_backward import DUAL_RMS_NORM_ADD_BACKWARD
+from normfuse.ops.registration import needs_plain_torch, register
 from normfuse.ops.residual_sum import SCALE_SCHEMA, Scales, residual_sum_backward
 from normfuse.ops.rms_norm import (
     check_plan,
@@ -99,34 +100,81 @@ def parsed(norms: list[tuple[Any, ...]]) -> list[tuple[float, float, RoundingPla
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
-    # x_1, x_2, residual, three weights, two scale tensors
-    ctx.save_for_backward(*inputs[:8], *output[1:])
+    ctx.save_for_backward(*saved_inputs(inputs, 3), *output[1:])
     ctx.numbers = inputs[8:]
+    ctx.dtypes = (inputs[2].dtype, output[0].dtype)
     ctx.set_materialize_grads(False)
 
 
+def saved_inputs(inputs: tuple[Any, ...], num_norms: int) -> tuple[torch.Tensor | None, ...]:
+    """x_1, x_2, residual if a scale learns, the weights, two scale tensors."""
+    x_1, x_2, residual, *rest = inputs[: 5 + num_norms]
+    return x_1, x_2, residual if Scales(*rest[-2:]).learn() else None, *rest
+
+
 def _backward(ctx: Any, grad_total: torch.Tensor | None, *grad_rstds: torch.Tensor | None) -> Any:
-    grads = dual_rms_norm_add_backward(
-        grad_total, grad_rstds, ctx.saved_tensors[:8], ctx.saved_tensors[8:], ctx.numbers
-    )
+    tensors, rstds = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
+    is_plain = tensors[2] is not None or any(grad is not None for grad in grad_rstds)
+    if is_plain or needs_plain_torch():
+        dtype = ctx.dtypes[0]
+        grads = plain_gradients(grad_total, grad_rstds, tensors, rstds, ctx.numbers, dtype)
+    else:
+        wanted = ctx.needs_input_grad[:6]
+        grads = gradients(grad_total, tensors, rstds, ctx.numbers, ctx.dtypes, wanted)
     return *grads, *(None,) * 11
 
 
-def dual_rms_norm_add_backward(
+def gradients(
     grad_total: torch.Tensor | None,
-    grad_rstds: tuple[torch.Tensor | None, ...],
-    tensors: tuple[torch.Tensor, ...],
+    tensors: tuple[Any, ...],
     rstds: tuple[torch.Tensor, ...],
     numbers: tuple[Any, ...],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    wanted: Sequence[bool],
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of the eight tensors of the schema, each in its tensor's type."""
+    """Gradients of the eight tensors of the schema, by one op; of none if nothing read the sum.
+
+    `tensors`, `rstds` and `numbers` are what the forward op saved, `dtypes` those of residual and
+    sum, `wanted` is for x_1, x_2, the residual and the weights.
+    """
+    if grad_total is None:
+        return (None,) * 8
+    x_1, x_2, _, *weights, branch_tensor, total_tensor = tensors
+    scales, offsets, plans = gathered((branch_tensor, total_tensor, *numbers))
+    passes = dtypes[0] == dtypes[1] and not scales.scale_total()
+    wants_1, wants_2, wants_residual, *wants_weights = wanted
+    grads = DUAL_RMS_NORM_ADD_BACKWARD(
+        grad_total, x_1, x_2, [weight for weight in weights if weight is not None], list(rstds),
+        *scales, offsets, plans, dtypes[0],
+        [wants_1, wants_2, wants_residual and not passes, *wants_weights],
+    )  # fmt: skip
+    return *grads[:2], grad_total if passes else grads[2], *grads[3:], None, None
+
+
+def gathered(arguments: tuple[Any, ...]) -> tuple[Scales, list[float], list[str]]:
+    """The scales, and the offsets and plans of the norms, from the rest of the schema."""
+    scales, *norms = split_norms(arguments)
+    return Scales(*scales), [norm[1] for norm in norms], [norm[2] for norm in norms]
+
+
+def plain_gradients(
+    grad_total: torch.Tensor | None,
+    grad_rstds: tuple[torch.Tensor | None, ...],
+    tensors: tuple[Any, ...],
+    rstds: tuple[torch.Tensor, ...],
+    numbers: tuple[Any, ...],
+    residual_dtype: torch.dtype,
+) -> tuple[torch.Tensor | None, ...]:
+    """The same in plain torch, for a scale that learns, for rstd, and to differentiate again."""
     x_1, x_2, residual, weight_1, weight_2, weight_3, branch_tensor, total_tensor = tensors
     scales, norm_1, norm_2, norm_3 = split_norms((branch_tensor, total_tensor, *numbers))
     branch_1, _ = rms_norm_reference(x_1, weight_1, None, *norm_1)
     branch_2, _ = rms_norm_reference(x_2, weight_2, None, *norm_2)
     branch = branch_1 + branch_2
-    grad_total = torch.zeros_like(residual) if grad_total is None else grad_total
-    normed, _ = rms_norm_reference(branch, weight_3, None, *norm_3)
+    grad_total = torch.zeros_like(branch) if grad_total is None else grad_total
+    normed = None
+    if residual is not None:
+        normed, _ = rms_norm_reference(branch, weight_3, None, *norm_3)
     sums = residual_sum_backward(grad_total, normed, residual, Scales(*scales))
     grad, grad_weight_3 = norm_gradients(
         sums.branch, grad_rstds[2], branch, weight_3, rstds[2], norm_3[1]
@@ -136,7 +184,7 @@ def dual_rms_norm_add_backward(
     return (
         grad_1.to(x_1.dtype),
         grad_2.to(x_2.dtype),
-        sums.residual.to(residual.dtype),
+        sums.residual.to(residual_dtype),
         grad_weight_1,
         grad_weight_2,
         grad_weight_3,

@@ -14,13 +14,17 @@ import torch
 
 from normfuse.ops.dual_rms_norm_add import (
     checked_plans,
-    dual_rms_norm_add_backward,
     dual_rms_norm_add_fake,
     dual_rms_norm_add_reference,
+    gathered,
+    gradients,
     parsed,
+    plain_gradients,
+    saved_inputs,
     split_norms,
 )
-from normfuse.ops.registration import register
+from normfuse.ops.dual_rms_norm_add_rms_norm_backward import DUAL_RMS_NORM_ADD_RMS_NORM_BACKWARD
+from normfuse.ops.registration import needs_plain_torch, register
 from normfuse.ops.residual_sum import SCALE_SCHEMA, Scales
 from normfuse.ops.rms_norm import rms_norm_fake, rms_norm_reference
 from normfuse.ops.rms_norm_backward import norm_gradients
@@ -73,9 +77,10 @@ def _cuda(x_1: torch.Tensor, x_2: torch.Tensor, residual: torch.Tensor, *argumen
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    # x_1, x_2, residual, four weights, two scale tensors; then total and the four rstd
-    ctx.save_for_backward(*inputs[:9], *output[1:])
+    # Nine inputs, then total and the four rstd.
+    ctx.save_for_backward(*saved_inputs(inputs, 4), *output[1:])
     ctx.numbers = inputs[9:]
+    ctx.dtypes = (inputs[2].dtype, output[1].dtype)
     ctx.set_materialize_grads(False)
 
 
@@ -85,15 +90,41 @@ def _backward(
     grad_total: torch.Tensor | None,
     *grad_rstds: torch.Tensor | None,
 ) -> Any:
+    x_1, x_2, residual, *weights, branch_tensor, total_tensor = ctx.saved_tensors[:9]
+    total, *rstds = ctx.saved_tensors[9:]
+    if residual is not None or any(g is not None for g in grad_rstds) or needs_plain_torch():
+        return _plain_gradients(ctx, grad_y, grad_total, grad_rstds)
+    wanted = ctx.needs_input_grad[:7]
+    if grad_y is None:
+        tensors = (x_1, x_2, residual, *weights[:3], branch_tensor, total_tensor)
+        numbers = ctx.numbers[:-3]
+        grads = gradients(grad_total, tensors, rstds[:3], numbers, ctx.dtypes, wanted[:6])
+        return *grads[:6], *(None,) * 17
+    scales, offsets, plans = gathered((branch_tensor, total_tensor, *ctx.numbers))
+    present = [weight for weight in weights if weight is not None]
+    grads = DUAL_RMS_NORM_ADD_RMS_NORM_BACKWARD(
+        grad_y, grad_total, x_1, x_2, total, present, rstds, *scales, offsets, plans,
+        ctx.dtypes[0], list(wanted),
+    )  # fmt: skip
+    return *grads, *(None,) * 16
+
+
+def _plain_gradients(
+    ctx: Any,
+    grad_y: torch.Tensor | None,
+    grad_total: torch.Tensor | None,
+    grad_rstds: tuple[torch.Tensor | None, ...],
+) -> Any:
     *tensors, total, rstd_1, rstd_2, rstd_3, rstd_4 = ctx.saved_tensors
     weight_4, offset_4 = tensors.pop(6), ctx.numbers[-2]
     grad, grad_weight_4 = norm_gradients(grad_y, grad_rstds[3], total, weight_4, rstd_4, offset_4)
-    grads = dual_rms_norm_add_backward(
+    grads = plain_gradients(
         grad if grad_total is None else grad + grad_total,
         grad_rstds[:3],
         tuple(tensors),
         (rstd_1, rstd_2, rstd_3),
         ctx.numbers[:-3],
+        ctx.dtypes[0],
     )
     return *grads[:6], grad_weight_4, *grads[6:], *(None,) * 14
 

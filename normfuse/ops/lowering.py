@@ -21,9 +21,18 @@ from normfuse.ops.dual_rms_norm_add import (
     parsed,
     split_norms,
 )
+from normfuse.ops.dual_rms_norm_add_backward import (
+    DUAL_RMS_NORM_ADD_BACKWARD,
+    dual_rms_norm_add_backward_reference,
+    for_launch_of_dual,
+)
 from normfuse.ops.dual_rms_norm_add_rms_norm import (
     DUAL_RMS_NORM_ADD_RMS_NORM,
     dual_rms_norm_add_rms_norm_reference,
+)
+from normfuse.ops.dual_rms_norm_add_rms_norm_backward import (
+    DUAL_RMS_NORM_ADD_RMS_NORM_BACKWARD,
+    dual_rms_norm_add_rms_norm_backward_reference,
 )
 from normfuse.ops.gated_rms_norm import GATED_RMS_NORM, gated_rms_norm_reference
 from normfuse.ops.gating import Gating
@@ -56,6 +65,11 @@ from normfuse.ops.rms_norm_add_rms_norm_backward import (
 )
 from normfuse.ops.rms_norm_backward import RMS_NORM_BACKWARD, rms_norm_backward_reference
 from normfuse.ops.rms_norms import RMS_NORMS, rms_norms_reference, weight_of_each
+from normfuse.ops.rms_norms_backward import (
+    RMS_NORMS_BACKWARD,
+    for_launch_of_norms,
+    rms_norms_backward_reference,
+)
 from normfuse.ops.rotation import Rotation
 from normfuse.ops.rounding import RoundingPlan
 
@@ -73,6 +87,9 @@ _REFERENCES: dict[Any, Callable[..., Any]] = {
     DUAL_RMS_NORM_ADD: dual_rms_norm_add_reference,
     DUAL_RMS_NORM_ADD_RMS_NORM: dual_rms_norm_add_rms_norm_reference,
     RMS_NORM_BACKWARD: rms_norm_backward_reference,
+    RMS_NORMS_BACKWARD: rms_norms_backward_reference,
+    DUAL_RMS_NORM_ADD_BACKWARD: dual_rms_norm_add_backward_reference,
+    DUAL_RMS_NORM_ADD_RMS_NORM_BACKWARD: dual_rms_norm_add_rms_norm_backward_reference,
     ADD_RMS_NORM_BACKWARD: add_rms_norm_backward_reference,
     RMS_NORM_ADD_BACKWARD: rms_norm_add_backward_reference,
     RMS_NORM_ADD_RMS_NORM_BACKWARD: rms_norm_add_rms_norm_backward_reference,
@@ -260,6 +277,19 @@ def _launch_rms_norm_backward(wrap: Any, used: tuple[bool, ...], *arguments: Any
     return launch(grad_y, x, weight, rstd, offset, steps, wanted, wrap=wrap)
 
 
+def _launch_rms_norms_backward(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
+    from normfuse.ops.kernels.rms_norms_backward import launch
+
+    return launch(*for_launch_of_norms(arguments), wrap=wrap)
+
+
+def _launch_dual_backward(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
+    from normfuse.ops.kernels.dual_rms_norm_add_backward import launch
+
+    operands = for_launch_of_dual((*arguments[:-1], _both(arguments[-1], used)))
+    return launch(*operands, wrap=wrap)
+
+
 def _launch_add_rms_norm_backward(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
     from normfuse.ops.kernels.add_rms_norm_backward import launch
 
@@ -313,6 +343,9 @@ _LAUNCHES: dict[Any, Callable[..., Any]] = {
     DUAL_RMS_NORM_ADD: partial(_launch_dual, 3),
     DUAL_RMS_NORM_ADD_RMS_NORM: partial(_launch_dual, 4),
     RMS_NORM_BACKWARD: _launch_rms_norm_backward,
+    RMS_NORMS_BACKWARD: _launch_rms_norms_backward,
+    DUAL_RMS_NORM_ADD_BACKWARD: _launch_dual_backward,
+    DUAL_RMS_NORM_ADD_RMS_NORM_BACKWARD: _launch_dual_backward,
     ADD_RMS_NORM_BACKWARD: _launch_add_rms_norm_backward,
     RMS_NORM_ADD_BACKWARD: _launch_rms_norm_add_backward,
     RMS_NORM_ADD_RMS_NORM_BACKWARD: _launch_rms_norm_add_rms_norm_backward,

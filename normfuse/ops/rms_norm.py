@@ -62,18 +62,35 @@ def _normalised(
     x = x.to(steps.unit[0])
     if steps.root == "divide_by_sqrt":
         root = variance.sqrt()
-        unit, rstd = x / root.to(steps.rstd).to(steps.unit[0]), root.reciprocal()
+        return _unit(x, root, steps), root.reciprocal()
+    if steps.root == "rsqrt":
+        rstd = variance.rsqrt()
+    elif steps.root == "pow":
+        rstd = variance.pow(-0.5)
     else:
-        if steps.root == "rsqrt":
-            rstd = variance.rsqrt()
-        elif steps.root == "pow":
-            rstd = variance.pow(-0.5)
-        else:
-            rstd = variance.sqrt().reciprocal()
-        unit = x * rstd.to(steps.rstd).to(steps.unit[0])
+        rstd = variance.sqrt().reciprocal()
+    return _unit(x, rstd, steps), rstd
+
+
+def normalised_by(
+    x: torch.Tensor, weight: torch.Tensor | None, rstd: torch.Tensor, offset: float, plan: str
+) -> torch.Tensor:
+    """y of `rms_norm_reference` again, from the inverse root (..., 1) that it returned."""
+    steps = RoundingPlan.parse(plan)
+    root = rstd.reciprocal() if steps.root == "divide_by_sqrt" else rstd
+    y = _unit(x.to(steps.unit[0]), root, steps)
+    if steps.weight is not None:
+        assert weight is not None
+        y = y * _factor(weight, offset, steps.weight)
+    return y.to(steps.out)
+
+
+def _unit(x: torch.Tensor, root: torch.Tensor, steps: RoundingPlan) -> torch.Tensor:
+    root = root.to(steps.rstd).to(steps.unit[0])
+    unit = x / root if steps.root == "divide_by_sqrt" else x * root
     for dtype in steps.unit[1:]:
         unit = unit.to(dtype)
-    return unit, rstd
+    return unit
 
 
 def _factor(

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
-from normfuse.ops.registration import register
+from normfuse.ops.registration import needs_plain_torch, register
 from normfuse.ops.rms_norm import (
     check_plan,
     rms_norm_fake,
     rms_norm_reference,
 )
 from normfuse.ops.rms_norm_backward import norm_gradients
+from normfuse.ops.rms_norms_backward import RMS_NORMS_BACKWARD
 from normfuse.ops.rounding import RoundingPlan
 from normfuse.ops.validation import check_activation, check_eps, check_weight
 
@@ -92,16 +93,39 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]
 
 
 def _backward(ctx: Any, grads: list[torch.Tensor | None]) -> Any:
+    """By one op for all results that have a gradient, unless they need more than it has."""
+    if grads[-1] is not None or needs_plain_torch():
+        return _plain_gradients(ctx, grads)
+    x, rstd, *weights = ctx.saved_tensors
+    wants_x, wants_weights = ctx.needs_input_grad[:2]
+    owners = [index for index, plan in enumerate(ctx.norms[2]) if RoundingPlan.parse(plan).weight]
+    live = [index for index, grad in enumerate(grads[:-1]) if grad is not None]
+    live_weights = [i for i, owner in enumerate(owners) if owner in live]
+    mask = [wants_x, *(wants_weights[i] for i in live_weights)]
+    grad_x, grad_weights = None, [None] * len(weights)
+    if live and any(mask):
+        operands = (x, [grads[i] for i in live], [weights[i] for i in live_weights], rstd)
+        norms = ([numbers[i] for i in live] for numbers in ctx.norms)
+        found = iter(RMS_NORMS_BACKWARD(*operands, *norms, mask))
+        grad_x = next(found) if wants_x else None
+        for index in live_weights:
+            grad_weights[index] = next(found) if wants_weights[index] else None
+    return grad_x, grad_weights, None, None, None, None
+
+
+def _plain_gradients(ctx: Any, grads: list[torch.Tensor | None]) -> Any:
     """The gradients of x add up, because every norm reads it."""
     x, rstd, *weights = ctx.saved_tensors
     *grad_ys, grad_rstd = grads
-    grad_x, _ = norm_gradients(None, grad_rstd, x, None, rstd, 0.0)
+    offsets, scales, plans = ctx.norms
+    mean = RoundingPlan.parse(plans[0]).mean
+    grad_x, _ = norm_gradients(None, grad_rstd, x, None, rstd, 0.0, mean=mean)
     grad_weights = []
     for weight, grad_y, offset, scale in zip(
-        weight_of_each(weights, ctx.norms[2]), grad_ys, *ctx.norms[:2], strict=True
+        weight_of_each(weights, plans), grad_ys, offsets, scales, strict=True
     ):
         scaled = None if grad_y is None else grad_y.to(rstd.dtype) * scale
-        grad, grad_weight = norm_gradients(scaled, None, x, weight, rstd, offset)
+        grad, grad_weight = norm_gradients(scaled, None, x, weight, rstd, offset, mean=mean)
         grad_x = grad_x + grad
         if weight is not None:
             grad_weights.append(grad_weight)

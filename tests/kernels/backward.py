@@ -29,6 +29,8 @@ def assert_errs_no_more_than(reference: Callable[..., Any], grads: Any, *argumen
 
 
 def _wide(argument: Any) -> Any:
+    if isinstance(argument, list):
+        return [_wide(value) for value in argument]
     if isinstance(argument, torch.dtype):
         return torch.float64
     return argument.double() if isinstance(argument, torch.Tensor) else argument

@@ -8,17 +8,25 @@ import torch
 import triton
 
 from normfuse.ops.kernels import (
+    dual_rms_norm_add_backward,
     qk_rms_norm_rope_backward,
     rms_norm_add_rms_norm_backward,
     rms_norm_backward,
+    rms_norms_backward,
 )
 from normfuse.ops.kernels.tile_backward import BackwardLaunch
 from normfuse.ops.residual_sum import Scales
 from normfuse.ops.rotation import Rotation
 from normfuse.ops.rounding import RoundingPlan
-from tests.kernels.cross_compile import TARGETS, _source
+from tests.kernels.cross_compile import TARGETS, _building_for, _source
 
 STEMS = ("rms_norm_backward", "add_rms_norm_backward", "rms_norm_add_rms_norm_backward")
+# Kernels of several norms, and how many these are; the dual ones are one kernel.
+MANY_NORMS = {
+    "rms_norms_backward": 3,
+    "dual_rms_norm_add_backward": 3,
+    "dual_rms_norm_add_rms_norm_backward": 4,
+}
 NUM_ROWS = 4096
 
 
@@ -70,6 +78,33 @@ def compile_backward(stem: str, width: int, dtype: torch.dtype, target: str) -> 
         name: triton.compile(source, target=gpu, options={"num_warps": num_warps})
         for name, (source, num_warps) in recorder.launches.items()
     }
+
+
+def compile_norms(
+    stem: str, width: int, dtype: torch.dtype, target: str, count: int | None = None
+) -> Any:
+    """What Triton makes of the gradients of several norms, `count` of them if not as in Gemma 4."""
+    gpu, recorder = TARGETS[target], _Recorder()
+    x = torch.empty(NUM_ROWS, width, dtype=dtype, device="meta")
+    weight = torch.empty(width, dtype=dtype, device="meta")
+    plan = RoundingPlan.once(dtype, dtype)
+    rstd = torch.empty(NUM_ROWS, 1, dtype=plan.compute, device="meta")
+    norms = count or MANY_NORMS[stem]
+    tile = BackwardLaunch.for_shape(width, NUM_ROWS, dtype, norms=norms, warp_size=gpu.warp_size)
+    settings: Any = {"tile": tile, "wrap": recorder}
+    with _building_for(gpu):
+        if stem == "rms_norms_backward":
+            numbers = [1.0] * norms, [0.5] * norms, plan, [True] * (norms + 1)
+            rms_norms_backward.launch(x, [x] * norms, [weight] * norms, rstd, *numbers, **settings)
+        else:
+            operands = [x] * 5 if norms == 4 else [None, x, x, x, None]
+            scales = Scales(total_tensor=torch.empty(1, dtype=dtype, device="meta"))
+            dual_rms_norm_add_backward.launch(
+                operands, [(weight, rstd, 1.0, plan)] * norms, scales, dtype,
+                [True] * (3 + norms), **settings,
+            )  # fmt: skip
+    source, num_warps = next(iter(recorder.launches.values()))
+    return triton.compile(source, target=gpu, options={"num_warps": num_warps})
 
 
 def compile_heads(width: int, layout: str, target: str) -> Any:

@@ -57,3 +57,42 @@ def test_heads_do_not_spill(width, layout, target, tmp_path):
     compiled = backward.compile_heads(width, layout, target)
 
     assert cross_compile.resources(compiled, tmp_path / "cubin")["spilled"] == 0
+
+
+@pytest.mark.parametrize("width", [256, 2816, 4096, 5376])
+@pytest.mark.parametrize("stem", backward.MANY_NORMS)
+def test_several_norms_do_not_spill(stem, width, tmp_path):
+    compiled = backward.compile_norms(stem, width, BF16, "sm_90")
+
+    assert cross_compile.resources(compiled, tmp_path / "cubin")["spilled"] == 0
+
+
+@pytest.mark.parametrize("stem", backward.MANY_NORMS)
+def test_several_norms_do_not_spill_on_cdna(stem, tmp_path):
+    compiled = backward.compile_norms(stem, 2816, BF16, "gfx942")
+
+    assert cross_compile.resources(compiled, tmp_path / "cubin")["spilled"] == 0
+
+
+# The most norms: the widest rows that are held in registers, and wider ones.
+@pytest.mark.parametrize(("width", "dtype"), [(3072, F32), (8192, F32), (2048, F64)])
+@pytest.mark.parametrize("stem", ["rms_norms_backward", "dual_rms_norm_add_rms_norm_backward"])
+def test_four_norms_do_not_spill(stem, width, dtype, tmp_path):
+    compiled = backward.compile_norms(stem, width, dtype, "sm_90", count=4)
+
+    assert cross_compile.resources(compiled, tmp_path / "cubin")["spilled"] == 0
+
+
+def test_streamed_rows_of_four_norms_spill_nothing_to_memory_on_cdna():
+    """A few scalar registers with addresses do wait in lanes of vector registers."""
+    compiled = backward.compile_norms("dual_rms_norm_add_rms_norm_backward", 8192, BF16, "gfx942")
+
+    spilled = re.findall(
+        r"\.(?:vgpr_spill_count|private_segment_fixed_size):\s+(\d+)", compiled.asm["amdgcn"]
+    )
+    assert spilled == ["0", "0"]
+
+
+@pytest.mark.parametrize("stem", backward.MANY_NORMS)
+def test_the_next_rows_of_several_norms_are_loaded_meanwhile(stem):
+    assert "cp.async" in backward.compile_norms(stem, 2816, BF16, "sm_90").asm["ptx"]

@@ -84,8 +84,9 @@ def _held_row(
         totals += (total,)
         products_2 += weighted(grad.to(TYPE), weights_2[chunk], OFFSET_2, WIDE) * total.to(TYPE)
     mean_2 = tl.sum(products_2, axis=1, keep_dims=True) * rstd_2 * (1.0 / N)
+    added_1 = ()
     added_2 = ()
-    branches = ()
+    grad_units = ()
     xs = ()
     for chunk in tl.static_range(CHUNKS):
         cols = chunk * BLOCK + all_cols
@@ -100,18 +101,18 @@ def _held_row(
             tl.store(grad_residual_ptr + cols, grad_residual, mask=mask)
         grad_branch = grad_residual * branch_scale
         x = tl.load(x_ptr + cols, mask=mask, other=0.0)
-        branches += (grad_branch,)
+        unit_1 = x.to(TYPE) * rstd_1
+        added_1 += (sums_1[chunk] + grad_branch * unit_1,)
+        grad_unit = weighted(grad_branch, weights_1[chunk], OFFSET_1, WIDE)
+        grad_units += (grad_unit,)
         xs += (x,)
-        products_1 += weighted(grad_branch, weights_1[chunk], OFFSET_1, WIDE) * x.to(TYPE)
+        products_1 += grad_unit * x.to(TYPE)
     mean_1 = tl.sum(products_1, axis=1, keep_dims=True) * rstd_1 * (1.0 / N)
-    added_1 = ()
     for chunk in tl.static_range(CHUNKS):
         cols = chunk * BLOCK + all_cols
         unit_1 = xs[chunk].to(TYPE) * rstd_1
-        added_1 += (sums_1[chunk] + branches[chunk] * unit_1,)
         if grad_x_ptr is not None:
-            grad_unit = weighted(branches[chunk], weights_1[chunk], OFFSET_1, WIDE)
-            grad_x = norm_gradient(grad_unit, unit_1, rstd_1, mean_1)
+            grad_x = norm_gradient(grad_units[chunk], unit_1, rstd_1, mean_1)
             tl.store(grad_x_ptr + cols, grad_x, mask=is_row & (cols < N))
     return added_1, added_2
 

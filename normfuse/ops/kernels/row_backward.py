@@ -140,10 +140,11 @@ def sum_partials_kernel(
     partial_1_ptr, grad_weight_1_ptr, num_partials_1,
     partial_2_ptr, grad_weight_2_ptr, num_partials_2,
     partial_3_ptr, grad_weight_3_ptr, num_partials_3,
-    N_1: tl.constexpr, N_2: tl.constexpr, N_3: tl.constexpr,
+    partial_4_ptr, grad_weight_4_ptr, num_partials_4,
+    N_1: tl.constexpr, N_2: tl.constexpr, N_3: tl.constexpr, N_4: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Up to three weights: program (i, j) sums columns i * BLOCK, ... of weight j; N is 0 for none.
+    """Up to four weights: program (i, j) sums columns i * BLOCK, ... of weight j; N is 0 for none.
 
     The order of the additions depends on the number of partial sums alone.
     """
@@ -156,3 +157,6 @@ def sum_partials_kernel(
     if N_3 > 0:
         if which == 2:
             _sum_partials(partial_3_ptr, grad_weight_3_ptr, num_partials_3, N_3, ROWS, BLOCK)
+    if N_4 > 0:
+        if which == 3:
+            _sum_partials(partial_4_ptr, grad_weight_4_ptr, num_partials_4, N_4, ROWS, BLOCK)

@@ -26,6 +26,8 @@ WARPS = 16  # that the programs of a multiprocessor have together
 # holds in a kernel of one norm, or of two. No held row spills registers on sm_90 or gfx942
 # (tests/kernels/test_cross_compile_backward.py).
 LANES = {2: (8, (3, 2)), 4: (4, (4, 3)), 8: (2, (4, 2))}
+# The same of three norms or four, whose threads need so many registers that 256 take all there are.
+MANY_NORMS = {2: (4, 4), 4: (4, 3), 8: (2, 4)}
 
 # A program of `sum_partials_kernel`: 16 columns are 64 bytes of float32.
 PARTIAL_ROWS, PARTIAL_COLS = 128, 16
@@ -71,16 +73,16 @@ class BackwardLaunch:
             norms: how many norms have a row in the registers at once.
             warp_size: lanes of a warp.
         """
-        lane, most = LANES[dtype.itemsize]
+        lane, most, choices = _choices(dtype.itemsize, norms)
         if cols <= 64 * lane:
             block = triton.next_power_of_2(cols)
             rows, chunks, threads = 256 * lane // block, 1, 128
         else:
-            fitting = [t for t in (128, 256, 512) if triton.cdiv(cols, t * lane) <= most[norms - 1]]
-            threads = fitting[0] if fitting else 512
+            fitting = [t for t in choices if triton.cdiv(cols, t * lane) <= most]
+            threads = fitting[0] if fitting else choices[-1]
             block = threads * lane
             rows, chunks = 1, triton.cdiv(cols, block)
-        held = chunks <= most[norms - 1]
+        held = chunks <= most
         num_tiles = (num_rows + rows - 1) // rows
         programs = _num_programs(num_rows, threads // 32, num_tiles)
         return cls(rows, block, chunks, held, threads // warp_size, programs)
@@ -93,6 +95,14 @@ class BackwardLaunch:
             "CHUNKS": self.chunks if self.held else 1,
             "HELD": self.held,
         }
+
+
+def _choices(itemsize: int, norms: int) -> tuple[int, int, tuple[int, ...]]:
+    """Elements of a lane, chunks that are held of a row, and how many threads may share it."""
+    if norms > 2:
+        return *MANY_NORMS[itemsize], (128, 256)
+    lane, chunks = LANES[itemsize]
+    return lane, chunks[norms - 1], (128, 256, 512)
 
 
 def launch_for(
@@ -147,7 +157,7 @@ def sum_partials(
     weights: Sequence[torch.Tensor | None],
     wrap: Callable[[Any], Any],
 ) -> list[torch.Tensor | None]:
-    """Stage two, one launch for up to three weights: (programs, N) -> (N,) in the weight's type."""
+    """Stage two, one launch for up to four weights: (programs, N) -> (N,) in the weight's type."""
     grads: list[torch.Tensor | None] = []
     slots: list[Any] = []
     widths: list[int] = []
@@ -160,15 +170,16 @@ def sum_partials(
         widths.append(weight.shape[0])
     if not widths:
         return grads
-    num_absent = 3 - len(widths)
+    num_absent = 4 - len(widths)
     grid = (triton.cdiv(max(widths), PARTIAL_COLS), len(widths))
-    n_1, n_2, n_3 = widths + [0] * num_absent
+    n_1, n_2, n_3, n_4 = widths + [0] * num_absent
     wrap(sum_partials_kernel)[grid](
         *slots,
         *[None, None, 0] * num_absent,
         N_1=n_1,
         N_2=n_2,
         N_3=n_3,
+        N_4=n_4,
         ROWS=PARTIAL_ROWS,
         BLOCK=PARTIAL_COLS,
         num_warps=4,
