@@ -170,8 +170,9 @@ def _cuda(
 ) -> Any:
     from normfuse.ops.kernels.gated_rms_norm_backward import launch
 
-    *norm, plan, output_mask = arguments
-    return launch(grad_y, x, gate, weight, rstd, *norm, RoundingPlan.parse(plan), output_mask)
+    offset, groups, gate_first, activation, plan, output_mask = arguments
+    norm = weight, rstd, offset, groups, gate_first, activation, RoundingPlan.parse(plan)
+    return launch(grad_y, x, gate, *norm, output_mask)
 
 
 GATED_RMS_NORM_BACKWARD = register_gradient(

@@ -33,6 +33,10 @@ from normfuse.ops.gated_rms_norm_backward import (
 from normfuse.ops.gating import Gating
 from normfuse.ops.l2_norm import L2_NORM, l2_norm_reference
 from normfuse.ops.modulated_rms_norm import MODULATED_RMS_NORM, modulated_rms_norm_reference
+from normfuse.ops.modulated_rms_norm_backward import (
+    MODULATED_RMS_NORM_BACKWARD,
+    modulated_rms_norm_backward_reference,
+)
 from normfuse.ops.modulation import Modulation
 from normfuse.ops.one_launch import obstacle_to_one_launch
 from normfuse.ops.qk_rms_norm import QK_RMS_NORM, qk_rms_norm_reference
@@ -82,6 +86,7 @@ _REFERENCES: dict[Any, Callable[..., Any]] = {
     RMS_NORM_ADD_RMS_NORM_BACKWARD: rms_norm_add_rms_norm_backward_reference,
     QK_RMS_NORM_ROPE_BACKWARD: qk_rms_norm_rope_backward_reference,
     GATED_RMS_NORM_BACKWARD: gated_rms_norm_backward_reference,
+    MODULATED_RMS_NORM_BACKWARD: modulated_rms_norm_backward_reference,
 }
 
 
@@ -301,8 +306,18 @@ def _launch_qk_rms_norm_rope_backward(wrap: Any, used: tuple[bool, ...], *argume
 def _launch_gated_rms_norm_backward(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
     from normfuse.ops.kernels.gated_rms_norm_backward import launch
 
-    *operands, plan, mask = arguments
-    return launch(*operands, RoundingPlan.parse(plan), _both(mask, used), wrap=wrap)
+    grad_y, x, gate, weight, rstd, *gated, plan, mask = arguments
+    offset, groups, gate_first, activation = gated
+    norm = weight, rstd, offset, groups, gate_first, activation, RoundingPlan.parse(plan)
+    return launch(grad_y, x, gate, *norm, _both(mask, used), wrap=wrap)
+
+
+def _launch_modulated_rms_norm_backward(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
+    from normfuse.ops.kernels.modulated_rms_norm_backward import launch
+
+    grad_y, x, scale, shift, weight, rstd, offset, scale_offset, plan, mask = arguments
+    norm = weight, rstd, offset, scale_offset, RoundingPlan.parse(plan)
+    return launch(grad_y, x, scale, shift, *norm, _both(mask, used), wrap=wrap)
 
 
 def _both(mask: Sequence[bool], used: tuple[bool, ...]) -> list[bool]:
@@ -329,4 +344,5 @@ _LAUNCHES: dict[Any, Callable[..., Any]] = {
     RMS_NORM_ADD_RMS_NORM_BACKWARD: _launch_rms_norm_add_rms_norm_backward,
     QK_RMS_NORM_ROPE_BACKWARD: _launch_qk_rms_norm_rope_backward,
     GATED_RMS_NORM_BACKWARD: _launch_gated_rms_norm_backward,
+    MODULATED_RMS_NORM_BACKWARD: _launch_modulated_rms_norm_backward,
 }

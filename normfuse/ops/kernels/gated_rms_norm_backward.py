@@ -124,7 +124,8 @@ def _store_gradients(
 
 @triton.jit
 def _held_row(
-    sums, weight_ptr, grad_y_ptr, x_ptr, gate_ptr, grad_x_ptr, grad_gate_ptr, rstd, is_row, all_cols,
+    sums, weight_ptr, grad_y_ptr, x_ptr, gate_ptr, grad_x_ptr, grad_gate_ptr,
+    rstd, is_row, all_cols,
     N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
     GATE_FIRST: tl.constexpr, ACTIVATION: tl.constexpr, OFFSET: tl.constexpr, WIDE: tl.constexpr,
     ON: tl.constexpr,
@@ -159,8 +160,8 @@ def _held_row(
         cols = chunk * BLOCK + all_cols
         addend = _store_gradients(
             grads[chunk].to(TYPE), xs[chunk].to(TYPE), gates[chunk].to(TYPE),
-            load_weight(weight_ptr, cols, N), rstd, mean, grad_x_ptr, grad_gate_ptr, cols, is_row & (cols < N),
-            GATE_FIRST, ACTIVATION, OFFSET, WIDE,
+            load_weight(weight_ptr, cols, N), rstd, mean, grad_x_ptr, grad_gate_ptr,
+            cols, is_row & (cols < N), GATE_FIRST, ACTIVATION, OFFSET, WIDE,
         )  # fmt: skip
         added += (sums[chunk] + addend,)
     return added
@@ -215,7 +216,7 @@ def gated_rms_norm_backward_kernel(
         weight_ptr += which * N
     all_cols = tl.arange(0, BLOCK)[None, :]
     sums = ()
-    for chunk in tl.static_range(CHUNKS):
+    for _chunk in tl.static_range(CHUNKS):
         sums += (zeros(ROWS, BLOCK, WIDE),)
     STAGES: tl.constexpr = 2 if HELD else 1  # the next rows are on their way meanwhile
     num_tiles = tl.cdiv(num_rows // WEIGHTS, ROWS)
@@ -274,7 +275,9 @@ def launch(
     """grad_y, x, gate (..., N), weight (N,), (N / groups,) or None -> gradients of the last three.
 
     Args:
-        grad_y, x, gate: rows of any strides, any of the four floating types.
+        grad_y: rows of any strides, any of the four floating types.
+        x: the same.
+        gate: the same.
         weight: any of the four types.
         rstd: contiguous, as the norm returns it: (..., 1), or (..., groups, 1).
         offset: added to the weight.
