@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 
-from normfuse.ops.gating import ACTIVATIONS, Gating, gated, gated_backward
-from normfuse.ops.registration import register
+from normfuse.ops.gated_rms_norm_backward import GATED_RMS_NORM_BACKWARD, gated_gradients
+from normfuse.ops.gating import ACTIVATIONS, Gating, gated
+from normfuse.ops.groups import joined, split, weight_of_groups
+from normfuse.ops.registration import needs_plain_torch, register
 from normfuse.ops.rms_norm import (
     check_plan,
     rms_norm_fake,
     rms_norm_reference,
 )
-from normfuse.ops.rms_norm_backward import norm_gradients
 from normfuse.ops.rounding import RoundingPlan
 from normfuse.ops.validation import (
     check_activation,
@@ -52,31 +53,12 @@ def gated_rms_norm_reference(
     types = Gating.parse(gating)
     if gate_first:
         x = gated(x, gate, activation, types)
-    y, rstd = _norm_of_groups(x, weight, eps, offset, groups, plan)
+    factor = weight_of_groups(weight, x, groups)
+    y, rstd = rms_norm_reference(split(x, groups), factor, None, eps, offset, plan)
+    y = joined(y, groups)
     if not gate_first:
         y = gated(y, gate, activation, types)
     return y, rstd
-
-
-def _norm_of_groups(
-    x: torch.Tensor, weight: torch.Tensor | None, eps: float, offset: float, groups: int, plan: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    y, rstd = rms_norm_reference(
-        _split(x, groups), _weight_of_groups(weight, x, groups), None, eps, offset, plan
-    )
-    return y if groups == 1 else y.flatten(-2), rstd
-
-
-def _split(x: torch.Tensor, groups: int) -> torch.Tensor:
-    """(..., N) -> (..., groups, N / groups); unchanged for one group."""
-    return x if groups == 1 else x.view(*x.shape[:-1], groups, x.shape[-1] // groups)
-
-
-def _weight_of_groups(
-    weight: torch.Tensor | None, x: torch.Tensor, groups: int
-) -> torch.Tensor | None:
-    is_shared = weight is None or weight.shape[0] != x.shape[-1]
-    return weight if weight is None or is_shared else _split(weight, groups)
 
 
 def gated_rms_norm_fake(
@@ -116,41 +98,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 
 
 def _backward(ctx: Any, grad_y: torch.Tensor | None, grad_rstd: torch.Tensor | None) -> Any:
-    """The gate's gradient needs the other factor of its product, which is formed again."""
     x, gate, weight, rstd = ctx.saved_tensors
-    eps, offset, groups, gate_first, activation, plan, gating = ctx.norm
-    grad_gate = torch.zeros_like(gate)
-    value = gated(x, gate, activation, Gating.parse(gating)) if gate_first else x
-    if grad_y is not None and not gate_first:
-        y, _ = _norm_of_groups(x, weight, eps, offset, groups, plan)
-        grad_y, grad_gate = gated_backward(grad_y.to(rstd.dtype), y, gate, activation)
-    grad_x, grad_weight = _groups_backward(grad_y, grad_rstd, value, weight, rstd, offset, groups)
-    if gate_first:
-        grad_x, grad_gate = gated_backward(grad_x, x, gate, activation)
-    return grad_x.to(x.dtype), grad_gate.to(gate.dtype), grad_weight, *(None,) * 7
-
-
-def _groups_backward(
-    grad_y: torch.Tensor | None,
-    grad_rstd: torch.Tensor | None,
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    rstd: torch.Tensor,
-    offset: float,
-    groups: int,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Gradients of the norm: each group is a row, whose weight may be its own."""
-    if groups == 1:
-        return norm_gradients(grad_y, grad_rstd, x, weight, rstd, offset)
-    rows, factor = _split(x, groups), _weight_of_groups(weight, x, groups)
-    grad = None if grad_y is None else _split(grad_y, groups).to(rstd.dtype)
-    grad_weight = None
-    if grad is not None and weight is not None and factor is not None:
-        by_row = grad * rows.to(rstd.dtype) * rstd
-        grad_weight = by_row.sum_to_size(factor.shape).reshape(weight.shape).to(weight.dtype)
-        grad = grad * (factor.to(rstd.dtype) + offset)
-    grad_x, _ = norm_gradients(grad, grad_rstd, rows, None, rstd, 0.0)
-    return grad_x.flatten(-2), grad_weight
+    _, offset, groups, gate_first, activation, plan, _ = ctx.norm
+    norm = (x, gate, weight, rstd, offset, groups, gate_first, activation)
+    mask = ctx.needs_input_grad[:3]
+    if grad_y is not None and grad_rstd is None and not needs_plain_torch():
+        grads = GATED_RMS_NORM_BACKWARD(grad_y, *norm, plan, list(mask))
+    else:
+        grads = gated_gradients(grad_y, grad_rstd, *norm, mask)
+    return *grads, *(None,) * 7
 
 
 GATED_RMS_NORM = register(
@@ -200,7 +156,7 @@ def gated_rms_norm(
     check_like("gate", gate, x)
     check_groups(groups, x)
     is_shared = isinstance(weight, torch.Tensor) and groups > 1 and weight.shape != x.shape[-1:]
-    check_weight("weight", weight, _split(x, groups) if is_shared else x)
+    check_weight("weight", weight, split(x, groups) if is_shared else x)
     check_eps("eps", eps)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}: choose one")

@@ -41,29 +41,22 @@ class Gating(Types):
 
 def gated(value: torch.Tensor, gate: torch.Tensor, activation: str, types: Gating) -> torch.Tensor:
     """The meaning: value, gate (..., N) -> (..., N) in `types.out`."""
-    factor = _activated(gate.to(types.gate), activation).to(types.factor)
+    factor = activated(gate.to(types.gate), activation).to(types.factor)
     if torch.promote_types(value.dtype, factor.dtype) != types.product:
         value = value.to(types.product)
     return (value * factor).to(types.out)
 
 
-def _activated(gate: torch.Tensor, activation: str) -> torch.Tensor:
+def activated(gate: torch.Tensor, activation: str) -> torch.Tensor:
+    """act(gate), in its type."""
     if activation == "silu":
         return F.silu(gate)
     return torch.sigmoid(gate) if activation == "sigmoid" else gate * torch.sigmoid(gate)
 
 
-def gated_backward(
-    grad: torch.Tensor, value: torch.Tensor, gate: torch.Tensor, activation: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of value and gate, in the type of `grad`, unrounded.
-
-    With s = sigmoid(gate), act' is s * (1 - s) for a sigmoid and s * (1 + gate * (1 - s)) for silu.
-    """
-    gate = gate.to(grad.dtype)
+def gate_slope(gate: torch.Tensor, activation: str) -> torch.Tensor:
+    """act'(gate): with s = sigmoid(gate), s * (1 - s), or s * (1 + gate * (1 - s)) for a silu."""
     sigmoid = torch.sigmoid(gate)
     if activation == "sigmoid":
-        factor, slope = sigmoid, sigmoid * (1 - sigmoid)
-    else:
-        factor, slope = gate * sigmoid, sigmoid * (1 + gate * (1 - sigmoid))
-    return grad * factor, grad * value * slope
+        return sigmoid * (1 - sigmoid)
+    return sigmoid * (1 + gate * (1 - sigmoid))

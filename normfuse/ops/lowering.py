@@ -35,9 +35,17 @@ from normfuse.ops.dual_rms_norm_add_rms_norm_backward import (
     dual_rms_norm_add_rms_norm_backward_reference,
 )
 from normfuse.ops.gated_rms_norm import GATED_RMS_NORM, gated_rms_norm_reference
+from normfuse.ops.gated_rms_norm_backward import (
+    GATED_RMS_NORM_BACKWARD,
+    gated_rms_norm_backward_reference,
+)
 from normfuse.ops.gating import Gating
 from normfuse.ops.l2_norm import L2_NORM, l2_norm_reference
 from normfuse.ops.modulated_rms_norm import MODULATED_RMS_NORM, modulated_rms_norm_reference
+from normfuse.ops.modulated_rms_norm_backward import (
+    MODULATED_RMS_NORM_BACKWARD,
+    modulated_rms_norm_backward_reference,
+)
 from normfuse.ops.modulation import Modulation
 from normfuse.ops.one_launch import obstacle_to_one_launch
 from normfuse.ops.qk_rms_norm import QK_RMS_NORM, qk_rms_norm_reference
@@ -94,6 +102,8 @@ _REFERENCES: dict[Any, Callable[..., Any]] = {
     RMS_NORM_ADD_BACKWARD: rms_norm_add_backward_reference,
     RMS_NORM_ADD_RMS_NORM_BACKWARD: rms_norm_add_rms_norm_backward_reference,
     QK_RMS_NORM_ROPE_BACKWARD: qk_rms_norm_rope_backward_reference,
+    GATED_RMS_NORM_BACKWARD: gated_rms_norm_backward_reference,
+    MODULATED_RMS_NORM_BACKWARD: modulated_rms_norm_backward_reference,
 }
 ALL_OPS = tuple(_REFERENCES)
 
@@ -324,6 +334,23 @@ def _launch_qk_rms_norm_rope_backward(wrap: Any, used: tuple[bool, ...], *argume
     return launch(*for_launch(arguments), wrap=wrap)
 
 
+def _launch_gated_rms_norm_backward(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
+    from normfuse.ops.kernels.gated_rms_norm_backward import launch
+
+    grad_y, x, gate, weight, rstd, *gated, plan, mask = arguments
+    offset, groups, gate_first, activation = gated
+    norm = weight, rstd, offset, groups, gate_first, activation, RoundingPlan.parse(plan)
+    return launch(grad_y, x, gate, *norm, _both(mask, used), wrap=wrap)
+
+
+def _launch_modulated_rms_norm_backward(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
+    from normfuse.ops.kernels.modulated_rms_norm_backward import launch
+
+    grad_y, x, scale, shift, weight, rstd, offset, scale_offset, plan, mask = arguments
+    norm = weight, rstd, offset, scale_offset, RoundingPlan.parse(plan)
+    return launch(grad_y, x, scale, shift, *norm, _both(mask, used), wrap=wrap)
+
+
 def _both(mask: Sequence[bool], used: tuple[bool, ...]) -> list[bool]:
     """The gradients that are asked for and read."""
     return [wanted and read for wanted, read in zip(mask, used, strict=True)]
@@ -350,4 +377,6 @@ _LAUNCHES: dict[Any, Callable[..., Any]] = {
     RMS_NORM_ADD_BACKWARD: _launch_rms_norm_add_backward,
     RMS_NORM_ADD_RMS_NORM_BACKWARD: _launch_rms_norm_add_rms_norm_backward,
     QK_RMS_NORM_ROPE_BACKWARD: _launch_qk_rms_norm_rope_backward,
+    GATED_RMS_NORM_BACKWARD: _launch_gated_rms_norm_backward,
+    MODULATED_RMS_NORM_BACKWARD: _launch_modulated_rms_norm_backward,
 }

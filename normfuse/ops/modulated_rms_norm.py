@@ -10,14 +10,17 @@ from typing import Any
 
 import torch
 
-from normfuse.ops.modulation import Modulation, modulated, modulated_backward
-from normfuse.ops.registration import register
+from normfuse.ops.modulated_rms_norm_backward import (
+    MODULATED_RMS_NORM_BACKWARD,
+    modulated_gradients,
+)
+from normfuse.ops.modulation import Modulation, modulated
+from normfuse.ops.registration import needs_plain_torch, register
 from normfuse.ops.rms_norm import (
     check_plan,
     rms_norm_fake,
     rms_norm_reference,
 )
-from normfuse.ops.rms_norm_backward import norm_gradients
 from normfuse.ops.rounding import RoundingPlan
 from normfuse.ops.validation import (
     check_activation,
@@ -88,17 +91,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 
 
 def _backward(ctx: Any, grad_y: torch.Tensor | None, grad_rstd: torch.Tensor | None) -> Any:
-    """The gradient of scale needs the normalised value, which is formed again."""
     x, scale, shift, weight, rstd = ctx.saved_tensors
-    eps, offset, scale_offset, plan, _ = ctx.norm
-    grad_scale = grad_shift = None
-    if grad_y is not None:
-        y, _ = rms_norm_reference(x, weight, None, eps, offset, plan)
-        grad_y, grad_scale, grad_shift = modulated_backward(
-            grad_y.to(rstd.dtype), y, scale, shift, scale_offset
-        )
-    grad_x, grad_weight = norm_gradients(grad_y, grad_rstd, x, weight, rstd, offset)
-    return grad_x.to(x.dtype), grad_scale, grad_shift, grad_weight, *(None,) * 5
+    _, offset, scale_offset, plan, _ = ctx.norm
+    mask = ctx.needs_input_grad[:4]
+    norm = (x, scale, shift if mask[2] else None, weight, rstd, offset, scale_offset)
+    if grad_y is not None and grad_rstd is None and not needs_plain_torch():
+        grads = MODULATED_RMS_NORM_BACKWARD(grad_y, *norm, plan, list(mask))
+    else:
+        grads = modulated_gradients(grad_y, grad_rstd, *norm, mask)
+    return *grads, *(None,) * 5
 
 
 MODULATED_RMS_NORM = register(

@@ -44,26 +44,14 @@ def modulated(
     types: Modulation,
 ) -> torch.Tensor:
     """The meaning: value (..., N), scale and shift that broadcast to it -> (..., N) in `out`."""
-    factor = _factor(scale, offset, types.factor)
+    factor = modulating(scale, offset, types.factor)
     value = value.to(types.product) * factor.to(types.product)
     if shift is not None:
         value = value.to(types.sum) + shift.to(types.sum)
     return value.to(types.out)
 
 
-def _factor(scale: torch.Tensor, offset: float, dtype: torch.dtype) -> torch.Tensor:
+def modulating(scale: torch.Tensor, offset: float, dtype: torch.dtype) -> torch.Tensor:
+    """scale + offset in `dtype`."""
     scale = scale.to(dtype)
     return scale + offset if offset else scale
-
-
-def modulated_backward(
-    grad: torch.Tensor,
-    value: torch.Tensor,
-    scale: torch.Tensor,
-    shift: torch.Tensor | None,
-    offset: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Gradients of value (unrounded), scale and shift: the latter are summed over their rows."""
-    grad_scale = (grad * value).sum_to_size(scale.shape).to(scale.dtype)
-    grad_shift = None if shift is None else grad.sum_to_size(shift.shape).to(shift.dtype)
-    return grad * _factor(scale, offset, grad.dtype), grad_scale, grad_shift
