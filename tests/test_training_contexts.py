@@ -19,6 +19,7 @@ from normfuse.ops.rms_norm_backward import RMS_NORM_BACKWARD
 from normfuse.testing import capture
 from tests.blocks import GemmaBlock, LlamaBlock, activation
 from tests.kernels.backward import rstd_of
+from tests.weight_updates import Norms
 
 BF16 = torch.bfloat16
 PLAN = str(RoundingPlan.once(BF16, BF16))
@@ -114,18 +115,46 @@ def test_activation_checkpointing(block_class, is_selective):
     assert_close(ours, step(block, parameters, *inputs))
 
 
-def test_autocast():
-    block, inputs = LlamaBlock(), inputs_of()
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+@pytest.mark.parametrize("block_class", [LlamaBlock, GemmaBlock])
+def test_autocast(block_class, dtype):
+    block, inputs = block_class(), inputs_of()
 
     def half(x, residual):
-        with torch.autocast("cpu", BF16):
+        with torch.autocast("cpu", dtype):
             return block(x, residual).float()
 
     ours, eager = (step(f, block.parameters(), *inputs) for f in (captured(half), half))
-    exact = step(block, block.parameters(), *inputs)
+    assert_as_close_as_eager(ours, eager, step(block, block.parameters(), *inputs), dtype)
+
+
+def assert_as_close_as_eager(ours, eager, exact, dtype):
+    """Twice eager's own error, and a rounding to the type of autocast."""
     for one, other, truth in zip(ours, eager, exact, strict=True):
-        allowed = 2 * (other - truth).abs().max() + torch.finfo(BF16).eps * truth.abs().max()
+        allowed = 2 * (other - truth).abs().max() + torch.finfo(dtype).eps * truth.abs().max()
         assert (one - truth).abs().max() <= allowed
+
+
+def test_a_scaled_loss():
+    """float16 under autocast, with the gradients that a scaler gives back to the optimizer."""
+    block, inputs = GemmaBlock(), inputs_of()
+
+    def unscaled(function):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+        optimizer = torch.optim.SGD(block.parameters(), lr=0.1)
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            loss = function(*inputs).float().square().mean()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        return [p.grad for p in block.parameters()]
+
+    def exact(x, residual):
+        with torch.autocast("cpu", enabled=False):
+            return block(x, residual)
+
+    ours, eager = unscaled(captured(block)), unscaled(block)
+    assert_as_close_as_eager(ours, eager, unscaled(exact), torch.float16)
 
 
 def test_gradients_accumulate():
@@ -178,6 +207,41 @@ def test_tied_norms_add_up_their_gradients():
 
     inputs, parameters = inputs_of(), list(stack.parameters())
     assert_close(step(captured(both), parameters, *inputs), step(both, parameters, *inputs))
+
+
+def test_one_weight_in_two_norms():
+    block, other = LlamaBlock(), LlamaBlock()
+    other.norm.weight = block.norm.weight
+
+    def both(x, residual):
+        return other(x, block(x, residual))
+
+    inputs, parameters = inputs_of(), [*block.parameters(), other.branch.weight]
+    assert_close(step(captured(both), parameters, *inputs), step(both, parameters, *inputs))
+
+
+def test_adapters_learn_and_nothing_else():
+    """LoRA: of the norms only the inputs get gradients."""
+    model = Norms()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora" in name)
+    x = torch.randn(16, model.llama.weight.numel())
+
+    ours = step(captured(model), list(model.parameters()), x)
+
+    assert_close(ours, step(model, list(model.parameters()), x))
+
+
+@pytest.mark.filterwarnings("ignore:.*compiled.autograd:UserWarning")
+def test_compiled_autograd():
+    """Dynamo captures the backward as well, and gives it to the backend as a graph of its own."""
+    block, inputs = GemmaBlock(), inputs_of()
+    eager = step(block, block.parameters(), *inputs)
+
+    with torch._dynamo.compiled_autograd._enable(captured):
+        ours = step(captured(block), block.parameters(), *inputs)
+
+    assert_close(ours, eager)
 
 
 def test_the_same_bits_twice():
