@@ -21,6 +21,7 @@ def ranks(tmp_path_factory):
     ranks.close()
 
 
+@pytest.mark.guarantee
 @pytest.mark.parametrize("lowering", ["auto", "triton"])
 @pytest.mark.parametrize("way", [*parallel.DATA, parallel.divided_products])
 def test_training(way, lowering, ranks):
@@ -30,6 +31,7 @@ def test_training(way, lowering, ranks):
     assert_exact_on_every_rank(steps)
 
 
+@pytest.mark.guarantee
 @pytest.mark.parametrize("way", [parallel.divided_rows, parallel.divided_columns])
 def test_distributed_tensors_are_declined_in_training(way, ranks):
     steps = ranks.run(parallel.step, way, "triton", *PLACE, True)
@@ -38,6 +40,7 @@ def test_distributed_tensors_are_declined_in_training(way, ranks):
     assert_exact_on_every_rank(steps)
 
 
+@pytest.mark.guarantee
 @pytest.mark.parametrize(
     ("way", "ops"), [(parallel.divided_rows, FORWARD), (parallel.divided_columns, [])]
 )

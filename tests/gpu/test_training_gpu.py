@@ -52,6 +52,7 @@ def under(dtype, block):
     return half
 
 
+@pytest.mark.guarantee
 @pytest.mark.parametrize("lowering", ["auto", "triton"])
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("block_class", BLOCKS)
@@ -74,6 +75,7 @@ def test_the_report_under_autocast_leaves_no_norm_without_a_word(block_class, dt
     assert all(site.fused or site.reason for site in report.sites)
 
 
+@pytest.mark.guarantee
 def test_a_scaled_loss(device):
     """float16, and the gradients that a scaler gives back to the optimizer."""
     block, inputs = GemmaBlock().to(device), inputs_on(device)
@@ -95,6 +97,7 @@ def test_a_scaled_loss(device):
     assert_as_close_as_eager(*map(unscaled, (compiled, half, block)), torch.float16)
 
 
+@pytest.mark.guarantee
 def test_a_checkpoint(device):
     block, inputs = GemmaBlock().to(device), inputs_on(device)
 
