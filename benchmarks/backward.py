@@ -1,12 +1,15 @@
 """Backward of norms on a GPU: ours against Inductor, `F.rms_norm`, Liger and QuACK.
 
-    python benchmarks/backward.py --out benchmarks/results/backward_h200.json
+    python benchmarks/backward.py --out benchmarks/results/backward_h200.json --time-limit 200
+    python benchmarks/backward.py --device cpu --widths 64 --rows 8
 
-Only the backward is timed, as GPU time of replayed CUDA graphs. A graph holds one backward for each
-of several sets of tensors, so many that a replay goes through more than three times the L2 cache:
-everything is cold. Contenders take turns, and medians are kept. Their gradients are first compared
-with float64: an error above the bound of the tests stops the run. `limit` is the time that a copy
-of the same bytes takes, by the bandwidth measured here.
+Only the backward is timed, as GPU time of replayed CUDA graphs. A graph holds one backward for
+each of several sets of tensors, so many that a replay goes through more than three times the L2
+cache, and every set has gradients of its own: everything is cold. Contenders take turns, and
+medians are kept. Their gradients are first compared with float64, where rows are few enough for
+that: an error above twice eager's own, plus a rounding, stops the run. `copy` is a kernel that
+reads and writes the same bytes, with the best of several tiles; `limit` is the time of those bytes
+at the speed of the fastest copy of 1 GiB.
 """
 
 from __future__ import annotations
@@ -15,7 +18,10 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +32,12 @@ from rich.progress import track
 from rich.table import Table
 
 import normfuse
+from normfuse.cli.bench.measuring import copies
+from normfuse.cli.bench.record import environment
+from normfuse.cli.bench.timing import Clock, CudaClock, DryClock, Recording, Rotation, measure
 
 EPS = 1e-6
-COLD_BYTES = 200 * 2**20
+CHECKED_ROWS = 4096  # the float64 form of more does not fit beside the rest
 HEADS = {"qwen3 8b": (32, 8, 128), "gemma3 12b": (16, 8, 256)}
 
 
@@ -104,11 +113,13 @@ def our_heads(q, k, weight_q, weight_k, cos, sin):
     return turned.q, turned.k
 
 
-# op: (formula over a norm, ours, activations, weights, streams that a backward reads and writes).
+# op: (formula over a norm, ours, activations, weights, and what a backward reads and writes, in
+# tensors as large as an activation: of a sum, one gradient serves both operands).
 OPS = {
-    "norm": (norm_with, norm_with(our_norm), 1, 1, 3),
-    "add": (add_with, our_add, 2, 1, 4),
-    "sandwich": (sandwich_with, our_sandwich, 2, 2, 6),
+    "norm": (norm_with, norm_with(our_norm), 1, 1, (2, 1)),
+    "add": (add_with, our_add, 2, 1, (3, 1)),
+    "sandwich": (sandwich_with, our_sandwich, 2, 2, (4, 2)),
+    "heads": (heads_with, our_heads, 2, 2, (2, 1)),
 }
 
 
@@ -143,8 +154,6 @@ def peers(op: str) -> dict[str, Callable[..., Any]]:
 
 def contenders(op: str) -> dict[str, Callable[..., Any]]:
     torch._dynamo.reset()
-    if op == "heads":
-        return {"normfuse": our_heads, "inductor": torch.compile(heads_with(llama_norm))}
     formula, ours, *_ = OPS[op]
     return {
         "normfuse": ours,
@@ -154,15 +163,17 @@ def contenders(op: str) -> dict[str, Callable[..., Any]]:
     }
 
 
-def leaves(op: str, width: int, rows: int, model: str | None) -> tuple[list[Any], list[Any]]:
+def leaves(
+    op: str, width: int, rows: int, model: str | None, device: torch.device
+) -> tuple[list[Any], list[Any]]:
     """The tensors that want gradients, and those that do not."""
 
     def learned(*shape, mean=0.0):
-        return (torch.randn(shape, device="cuda") + mean).bfloat16().requires_grad_()
+        return (torch.randn(shape, device=device) + mean).bfloat16().requires_grad_()
 
     if op == "heads":
         num_q, num_k, dim = HEADS[model]
-        tables = [torch.randn(1, 1, rows, dim, device="cuda").bfloat16() for _ in range(2)]
+        tables = [torch.randn(1, 1, rows, dim, device=device).bfloat16() for _ in range(2)]
         heads = [learned(1, rows, num, dim) for num in (num_q, num_k)]
         return [*heads, learned(dim, mean=1.0), learned(dim, mean=1.0)], tables
     _, _, activations, weights, _ = OPS[op]
@@ -171,22 +182,20 @@ def leaves(op: str, width: int, rows: int, model: str | None) -> tuple[list[Any]
     ], []
 
 
-def bytes_of(op: str, inputs: list[Any]) -> int:
-    """What a backward has to read and write."""
-    if op == "heads":
-        return 3 * 2 * (inputs[0].numel() + inputs[1].numel())
-    return OPS[op][-1] * 2 * inputs[0].numel()
+def elements_of(op: str, inputs: list[Any]) -> int:
+    """Of one tensor that a backward reads: the activation, or q and k together."""
+    return inputs[0].numel() + (inputs[1].numel() if op == "heads" else 0)
 
 
 def check(name: str, op: str, function: Callable[..., Any], tensors: Any, rest: Any) -> None:
     """The gradients may err by twice eager's error against float64, plus a rounding."""
-    formula = heads_with if op == "heads" else OPS[op][0]
+    formula, device = OPS[op][0], tensors[0].device
 
     def gradients(function, tensors, rest):
         results = function(*tensors, *rest)
-        generator = torch.Generator("cuda").manual_seed(1)
+        generator = torch.Generator(device).manual_seed(1)
         upstream = [
-            torch.randn(y.shape, device="cuda", generator=generator).bfloat16().to(y.dtype)
+            torch.randn(y.shape, device=device, generator=generator).bfloat16().to(y.dtype)
             for y in results
         ]
         return torch.autograd.grad(results, tensors, upstream)
@@ -202,137 +211,161 @@ def check(name: str, op: str, function: Callable[..., Any], tensors: Any, rest: 
         assert worst <= 1, f"{name} errs by {worst:.2f} times what is allowed in {op}"
 
 
-def graph_of(function: Callable[..., Any], sets: list[Any]) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of one backward for each set; the forwards run outside of it."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+def backward(results: Any, tensors: Any, upstream: Any) -> Sequence[torch.Tensor]:
+    return torch.autograd.grad(results, tensors, upstream, retain_graph=True)
+
+
+def recorded(function: Callable[..., Any], sets: list[Any], rotation: Rotation, clock: Clock):
+    """The backwards of all sets; the forwards run outside of what is recorded."""
+    # A backward runs on the stream of its forward, and must be on the one that is captured.
+    is_cuda = isinstance(clock, CudaClock)
+    with torch.cuda.stream(clock._stream) if is_cuda else nullcontext():
         runs = []
         for tensors, rest in sets:
-            results = function(*tensors, *rest)
+            results = tuple(function(*tensors, *rest))
             runs.append((results, tensors, [torch.randn_like(y) for y in results]))
-        for run in runs[:1] * 2:
-            torch.autograd.grad(*run, retain_graph=True)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for run in runs:
-            torch.autograd.grad(*run, retain_graph=True)
-    graph.keep = runs  # type: ignore[attr-defined]
-    return graph
+        for _ in range(2):
+            backward(*runs[0])
+    clock.synchronize()
+    recording = clock.record(backward, runs, rotation.cycles, [None] * len(runs))
+    return recording, runs  # a recording reads what the runs hold
 
 
-def replay_us(graph: torch.cuda.CUDAGraph) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    graph.replay()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) * 1e3
+def best_copy(op: str, elements: int, rotation: Rotation, clock: Clock) -> Recording:
+    """The copy that reads and writes as many tensors as a backward, with its best tile.
+
+    It reads three at most: in place of 4 and 2 for a sandwich, 2 and 1 of twice the length.
+    """
+    num_read, num_written = OPS[op][-1]
+    parts = 2 if num_read > 3 else 1
+    num_read, num_written = num_read // parts, num_written // parts
+    sets = [
+        tuple(
+            torch.ones(elements * parts, dtype=torch.bfloat16, device=clock.device)
+            for _ in range(num_read)
+        )
+        for _ in range(rotation.num_sets)
+    ]
+    trials: list[tuple[float, Recording]] = []
+    for call in copies(num_written, clock.device).values():
+        call(*sets[0])
+        trial = clock.record(call, sets, rotation.cycles, [None] * len(sets))
+        trials.append((min(clock.samples(trial, rotation, 3)), (trial, sets)))
+    return min(trials, key=lambda trial: trial[0])[1]
 
 
-def cell(op: str, width: int, rows: int, model: str | None, rounds: int) -> dict[str, Any]:
-    tensors, rest = leaves(op, width, rows, model)
-    size = bytes_of(op, tensors)
-    num_sets = max(3, -(-COLD_BYTES // size)) if size < COLD_BYTES else 2
-    sets = [(tensors, rest)] + [leaves(op, width, rows, model) for _ in range(num_sets - 1)]
-    graphs, failures = {}, {}
-    for name, function in contenders(op).items():
-        try:
-            if rows <= 4096:
-                check(name, op, function, tensors, rest)
-            graphs[name] = graph_of(function, sets)
-        except Exception as error:
-            if name in ("normfuse", "inductor"):
-                raise
-            failures[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-    times: dict[str, list[float]] = {name: [] for name in graphs}
-    for _ in range(rounds):
-        for name, graph in graphs.items():
-            times[name].append(replay_us(graph) / num_sets)
-    medians = {name: statistics.median(values[2:]) for name, values in times.items()}
-    row = {"op": op, "model": model, "width": width, "rows": rows, "sets": num_sets, **medians}
-    return {**row, "bytes": size, **({"failures": failures} if failures else {})}
+def cell(op: str, width: int, rows: int, model: str | None, clock: Clock) -> dict[str, Any]:
+    """Microseconds of every contender."""
+    tensors, rest = leaves(op, width, rows, model, clock.device)
+    elements = elements_of(op, tensors)
+    size = 2 * sum(OPS[op][-1]) * elements
+    rotation, _ = clock.rotations(size)
+    others = [leaves(op, width, rows, model, clock.device) for _ in range(rotation.num_sets - 1)]
+    sets = [(tensors, rest), *others]
+    kept, failures = {}, {}
+    with clock.session():
+        for name, function in contenders(op).items():
+            try:
+                if rows <= CHECKED_ROWS:
+                    check(name, op, function, tensors, rest)
+                kept[name] = recorded(function, sets, rotation, clock)
+            except Exception as error:
+                if name in ("normfuse", "inductor"):
+                    raise
+                failures[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        kept["copy"] = best_copy(op, elements, rotation, clock)
+        timings = measure(clock, {name: one for name, (one, _) in kept.items()}, rotation)
+    times = {name: timing.us for name, timing in timings.items()}
+    spread = {name: timing.spread for name, timing in timings.items()}
+    row = {"op": op, "model": model, "width": width, "rows": rows, "sets": rotation.num_sets}
+    return {**row, **times, "spread": spread, "bytes": size, "failures": failures}
 
 
-def copy_bandwidth() -> float:
-    """Bytes a microsecond, read and written, of a copy of 1 GiB."""
-    source = torch.randn(2**28, device="cuda")
-    target = torch.empty_like(source)
-    graph = torch.cuda.CUDAGraph()
-    target.copy_(source)
-    with torch.cuda.graph(graph):
-        target.copy_(source)
-    best = statistics.median(replay_us(graph) for _ in range(20))
-    return 2 * 4 * source.numel() / best
+def cells(arguments: argparse.Namespace) -> list[tuple[str, int, int, str | None]]:
+    """Heads first, which are few; then width by width, so that a time limit cuts whole widths."""
+    heads = [
+        ("heads", dim, rows, name) for name, (*_, dim) in HEADS.items() for rows in arguments.rows
+    ]
+    rest = [
+        (op, width, rows, None)
+        for width, op, rows in product(arguments.widths, OPS, arguments.rows)
+        if op != "heads"
+    ]
+    return [one for one in heads + rest if one[0] in arguments.ops]
 
 
-def main() -> None:
+def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ops", nargs="+", default=[*OPS, "heads"])
-    parser.add_argument("--widths", nargs="+", type=int, default=[2816, 5376, 8192])
-    parser.add_argument("--rows", nargs="+", type=int, default=[2048, 16384])
-    parser.add_argument("--rounds", type=int, default=22)
+    parser.add_argument("--ops", nargs="+", default=list(OPS), choices=list(OPS))
+    parser.add_argument("--widths", nargs="+", type=int, default=[4096, 5376, 2816, 8192])
+    parser.add_argument("--rows", nargs="+", type=int, default=[2048, 8192, 32768])
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: a dry run")
+    parser.add_argument("--time-limit", type=float, default=float("inf"), metavar="SECONDS")
     parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parsed(argv)
     torch._functorch.config.donated_buffer = False  # a graph is gone through more than once
     torch._dynamo.config.recompile_limit = 1000
-    bandwidth = copy_bandwidth()
-    cells = [
-        (op, width, rows, model)
-        for op in arguments.ops
-        for rows in arguments.rows
-        for width, model in (
-            [(dim, name) for name, (*_, dim) in HEADS.items()]
-            if op == "heads"
-            else [(width, None) for width in arguments.widths]
-        )
-    ]
-    measured: list[dict[str, Any]] = []
-    for one in track(cells, description="measuring"):
-        row = cell(*one, arguments.rounds)
-        row["limit"] = row["bytes"] / bandwidth
+    clock = CudaClock() if arguments.device == "cuda" else DryClock()
+    ceiling = clock.copy_gb_s()
+    record = {
+        **environment(command(argv)),
+        "unit": "us of GPU time, median",
+        "copy_gb_s": ceiling,
+        "is_dry": arguments.device == "cpu",
+        "rows": [],
+        "left_out": [],
+    }
+    began = time.monotonic()
+    for one in track(cells(arguments), description="measuring"):
+        if time.monotonic() - began > arguments.time_limit:
+            record["left_out"].append(one)
+            continue
+        row = cell(*one, clock)
+        row["limit"] = row["bytes"] / ceiling / 1e3
         row["speedup"] = row["inductor"] / row["normfuse"]
-        measured.append(row)
-        save(measured, bandwidth, arguments.out)
-        torch.cuda.empty_cache()
-    show(measured)
+        record["rows"].append(row)
+        save(record, arguments.out)
+    save(record, arguments.out)
+    show(record)
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    names = [
-        n for n in ("normfuse", "inductor", "aten", "liger", "quack") if any(n in r for r in rows)
-    ]
-    table = Table("op", "width x rows", *(f"{name} us" for name in names), "limit us", "speedup")
+def command(argv: list[str] | None) -> str:
+    """As it was typed, but for the directory of the record, which is nobody's business."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    for index, word in enumerate(words[:-1]):
+        if word == "--out":
+            words[index + 1] = Path(words[index + 1]).name
+    return " ".join(["python benchmarks/backward.py", *words])
+
+
+def show(record: dict[str, Any]) -> None:
+    rows = record["rows"]
+    every = ("normfuse", "inductor", "aten", "liger", "quack", "copy", "limit")
+    names = [name for name in every if any(name in row for row in rows)]
+    table = Table("op", "width x rows", *(f"{name} us" for name in names), "speedup")
     for row in rows:
         table.add_row(
             row["op"],
             f"{row['width']} x {row['rows']}",
             *(f"{row[name]:.1f}" if name in row else "-" for name in names),
-            f"{row['limit']:.1f}",
             f"{row['speedup']:.2f}x",
         )
     Console(width=110).print(table)
-    mean = statistics.geometric_mean(row["speedup"] for row in rows)
-    print(f"geometric mean over Inductor: {mean:.3f}x")
+    if record["left_out"]:
+        print(f"left out by --time-limit: {len(record['left_out'])} cells")
+    if rows:
+        mean = statistics.geometric_mean(row["speedup"] for row in rows)
+        print(f"geometric mean over Inductor: {mean:.3f}x")
 
 
-def save(rows: list[dict[str, Any]], bandwidth: float, out: Path | None) -> None:
+def save(record: dict[str, Any], out: Path | None) -> None:
     """Written after every cell, so that an interrupted run keeps what it has."""
-    if out is None:
-        return
-    import triton
-
-    environment = {
-        "command": "python benchmarks/backward.py " + " ".join(sys.argv[1:]),
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "normfuse": normfuse.__version__,
-        "unit": "us of GPU time, median",
-        "copy_gb_per_s": bandwidth / 1e3,
-    }
-    out.write_text(json.dumps({**environment, "rows": rows}, indent=2) + "\n")
+    if out is not None:
+        out.write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -63,6 +63,7 @@ def error(grad, exact):
     return (grad.double() - exact).norm().item()
 
 
+@pytest.mark.guarantee
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [(name, torch.bfloat16) for name in BACKWARD]

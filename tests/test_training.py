@@ -40,6 +40,7 @@ class LearnedEps(nn.Module):
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
 
 
+@pytest.mark.guarantee
 @pytest.mark.parametrize("lowering", ["auto", "op"])
 @pytest.mark.parametrize(
     ("block_class", "formula"),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -19,9 +20,12 @@ from normfuse.ops.rms_norm_add_backward import RMS_NORM_ADD_BACKWARD
 from normfuse.ops.rms_norm_add_rms_norm_backward import RMS_NORM_ADD_RMS_NORM_BACKWARD
 from normfuse.ops.rms_norm_backward import RMS_NORM_BACKWARD
 from normfuse.ops.rms_norms_backward import RMS_NORMS_BACKWARD
+from normfuse.passes.recognise import Recognise, is_op
+from normfuse.settings import Settings
 from normfuse.testing import capture
 from tests.blocks import GemmaBlock, LlamaBlock, activation
 from tests.kernels.backward import rstd_of
+from tests.weight_updates import Norms
 
 BF16 = torch.bfloat16
 PLAN = str(RoundingPlan.once(BF16, BF16))
@@ -59,6 +63,7 @@ def assert_trains_like_eager(block, *inputs):
     assert_close(step(captured(block), parameters, *inputs), step(block, parameters, *inputs))
 
 
+@pytest.mark.guarantee
 def test_a_frozen_weight_gets_no_gradient():
     block, seen = LlamaBlock(), []
     block.norm.weight.requires_grad_(False)
@@ -72,6 +77,7 @@ def test_a_frozen_weight_gets_no_gradient():
     assert_trains_like_eager(block, *inputs_of())
 
 
+@pytest.mark.guarantee
 def test_an_input_without_a_gradient_gets_none():
     x, weight, seen = activation(16).float(), torch.rand(8, requires_grad=True), []
     with Seen(seen):
@@ -99,6 +105,7 @@ def policy(context, op, *args, **kwargs):
     return CheckpointPolicy.MUST_SAVE if is_product else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+@pytest.mark.guarantee
 @pytest.mark.parametrize("is_selective", [False, True])
 @pytest.mark.parametrize("block_class", [LlamaBlock, GemmaBlock])
 def test_activation_checkpointing(block_class, is_selective):
@@ -117,20 +124,72 @@ def test_activation_checkpointing(block_class, is_selective):
     assert_close(ours, step(block, parameters, *inputs))
 
 
-def test_autocast():
-    block, inputs = LlamaBlock(), inputs_of()
+@pytest.mark.guarantee
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+@pytest.mark.parametrize("block_class", [LlamaBlock, GemmaBlock])
+def test_autocast(block_class, dtype):
+    block, inputs = block_class(), inputs_of()
 
     def half(x, residual):
-        with torch.autocast("cpu", BF16):
+        with torch.autocast("cpu", dtype):
             return block(x, residual).float()
 
+    assert torch.equal(captured(half)(*inputs), half(*inputs))
     ours, eager = (step(f, block.parameters(), *inputs) for f in (captured(half), half))
-    exact = step(block, block.parameters(), *inputs)
+    assert_as_close_as_eager(ours, eager, step(block, block.parameters(), *inputs), dtype)
+
+
+def assert_as_close_as_eager(ours, eager, exact, dtype):
+    """Twice eager's own error, and a rounding to the type of autocast."""
     for one, other, truth in zip(ours, eager, exact, strict=True):
-        allowed = 2 * (other - truth).abs().max() + torch.finfo(BF16).eps * truth.abs().max()
+        allowed = 2 * (other - truth).abs().max() + torch.finfo(dtype).eps * truth.abs().max()
         assert (one - truth).abs().max() <= allowed
 
 
+def test_autocast_of_a_gpu_may_cast_what_the_call_of_a_norm_reads():
+    """On CUDA its list of operations in float32 has `rms_norm`; here such a graph is made up."""
+    graph, mode = torch.fx.Graph(), FakeTensorMode()
+    x, weight = graph.placeholder("x"), graph.placeholder("weight")
+    y = graph.call_function(torch.nn.functional.rms_norm, (x, (8,), weight, 1e-6))
+    graph.output(y)
+    with mode:
+        x.meta["example_value"] = torch.empty(4, 8, dtype=torch.float16)
+        weight.meta["example_value"] = torch.empty(8)
+        y.meta["example_value"] = torch.empty(4, 8)
+
+    Recognise("example_value", Settings.of(lowering="op"))(graph)
+
+    (op,) = (node for node in graph.nodes if is_op(node))
+    assert op.args[-1] == "f32 unit=f32 weight=f32 out=f32"
+    half, scale = activation(4).half(), torch.rand(8)
+    eager = torch.nn.functional.rms_norm(half.float(), (8,), scale, 1e-6)
+    assert torch.equal(op.target(half, scale, *op.args[2:])[0], eager)
+
+
+@pytest.mark.guarantee
+def test_a_scaled_loss():
+    """float16 under autocast, with the gradients that a scaler gives back to the optimizer."""
+    block, inputs = GemmaBlock(), inputs_of()
+
+    def unscaled(function):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+        optimizer = torch.optim.SGD(block.parameters(), lr=0.1)
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            loss = function(*inputs).float().square().mean()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        return [p.grad for p in block.parameters()]
+
+    def exact(x, residual):
+        with torch.autocast("cpu", enabled=False):
+            return block(x, residual)
+
+    ours, eager = unscaled(captured(block)), unscaled(block)
+    assert_as_close_as_eager(ours, eager, unscaled(exact), torch.float16)
+
+
+@pytest.mark.guarantee
 def test_gradients_accumulate():
     block = GemmaBlock()
     eager = [p.grad for p in accumulated(block, block)]
@@ -148,6 +207,7 @@ def accumulated(block, function):
     return list(block.parameters())
 
 
+@pytest.mark.guarantee
 def test_an_island_without_gradients():
     block, frozen = LlamaBlock(), GemmaBlock()
 
@@ -160,6 +220,7 @@ def test_an_island_without_gradients():
     assert_close(step(captured(both), parameters, *inputs), step(both, parameters, *inputs))
 
 
+@pytest.mark.guarantee
 def test_functional_call():
     block, inputs = GemmaBlock(), inputs_of()
     parameters = {n: p.detach().clone().requires_grad_() for n, p in block.named_parameters()}
@@ -171,6 +232,7 @@ def test_functional_call():
     assert_close(step(captured(call), leaves, *inputs), step(call, leaves, *inputs))
 
 
+@pytest.mark.guarantee
 def test_tied_norms_add_up_their_gradients():
     first, second = GemmaBlock(), GemmaBlock()
     second.pre_feedforward_layernorm = first.pre_feedforward_layernorm
@@ -183,6 +245,45 @@ def test_tied_norms_add_up_their_gradients():
     assert_close(step(captured(both), parameters, *inputs), step(both, parameters, *inputs))
 
 
+@pytest.mark.guarantee
+def test_one_weight_in_two_norms():
+    block, other = LlamaBlock(), LlamaBlock()
+    other.norm.weight = block.norm.weight
+
+    def both(x, residual):
+        return other(x, block(x, residual))
+
+    inputs, parameters = inputs_of(), [*block.parameters(), other.branch.weight]
+    assert_close(step(captured(both), parameters, *inputs), step(both, parameters, *inputs))
+
+
+@pytest.mark.guarantee
+def test_adapters_learn_and_nothing_else():
+    """LoRA: of the norms only the inputs get gradients."""
+    model = Norms()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora" in name)
+    x = torch.randn(16, model.llama.weight.numel())
+
+    ours = step(captured(model), list(model.parameters()), x)
+
+    assert_close(ours, step(model, list(model.parameters()), x))
+
+
+@pytest.mark.guarantee
+@pytest.mark.filterwarnings("ignore:.*compiled.autograd:UserWarning")
+def test_compiled_autograd():
+    """Dynamo captures the backward as well, and gives it to the backend as a graph of its own."""
+    block, inputs = GemmaBlock(), inputs_of()
+    eager = step(block, block.parameters(), *inputs)
+
+    with torch._dynamo.compiled_autograd._enable(captured):
+        ours = step(captured(block), block.parameters(), *inputs)
+
+    assert_close(ours, eager)
+
+
+@pytest.mark.guarantee
 def test_the_same_bits_twice():
     block, inputs = GemmaBlock().bfloat16(), [t.bfloat16() for t in inputs_of()]
     inputs = [t.detach().requires_grad_() for t in inputs]
@@ -193,6 +294,7 @@ def test_the_same_bits_twice():
     assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
 
 
+@pytest.mark.guarantee
 def test_gradients_of_gradients():
     x, residual, weight = (
         torch.randn(*shape, dtype=torch.double, requires_grad=True)

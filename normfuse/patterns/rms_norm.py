@@ -10,7 +10,7 @@ from torch.fx import Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from normfuse.ops import L2_NORM, RMS_NORM
-from normfuse.ops.rounding import FLOATS, L2, RoundingPlan
+from normfuse.ops.rounding import FLOATS, L2, RoundingPlan, is_exact_cast
 from normfuse.patterns.decline import Decline
 from normfuse.patterns.fakes import fake_empty, fake_empty_like
 from normfuse.patterns.micro_ops import (
@@ -114,7 +114,7 @@ def _read_call(node: Node) -> Norm:
     assert weight is None or isinstance(weight, Node)
     if weight is not None and dtype(weight) not in FLOATS:
         raise Decline(f"the weight is {dtype(weight)}, which no rounding plan has")
-    plan = RoundingPlan.once(dtype(x), None if weight is None else dtype(weight))
+    plan = _plan_of_call(node, x, weight)
     eps = cast("float | Node | None", given.get("eps"))
     return Norm(
         x=x,
@@ -127,6 +127,17 @@ def _read_call(node: Node) -> Norm:
         rstd=None,
         nodes=(node,),
     )
+
+
+def _plan_of_call(node: Node, x: Node, weight: Node | None) -> RoundingPlan:
+    """The result has the type of x, unless autocast has cast both operands to a wider one."""
+    factor = None if weight is None else dtype(weight)
+    out = dtype(node)
+    if out == dtype(x):
+        return RoundingPlan.once(out, factor)
+    if out not in FLOATS or not all(is_exact_cast(t, out) for t in (dtype(x), factor or out)):
+        raise Decline(f"a norm of {dtype(x)} gives {out}: its operands are rounded before it")
+    return RoundingPlan.once(out, None if factor is None else out)
 
 
 def rewrite(norm: Norm, context: Context) -> Node:

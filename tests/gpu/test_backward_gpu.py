@@ -95,6 +95,7 @@ def test_queries_and_keys(name):
         assert_as_close_as_eager(one, expected, reference)
 
 
+@pytest.mark.guarantee
 @pytest.mark.parametrize("width", [256, 4096, 16384])
 def test_the_same_bits_every_time(width):
     x = random(5000, width)
