@@ -80,7 +80,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 QK_NORM = frozenset(MODELS) - {"llama3_8b", "glm4_9b"}
 
 
-def build(name: str, device: str, layers: int | None, *, tiny: bool = False) -> torch.nn.Module:
+def build(
+    name: str,
+    device: str,
+    layers: int | None,
+    *,
+    tiny: bool = False,
+    num_experts: int | None = None,
+) -> torch.nn.Module:
     """A model in bfloat16 and eval mode; its norms' weights differ from one another.
 
     Args:
@@ -88,8 +95,11 @@ def build(name: str, device: str, layers: int | None, *, tiny: bool = False) -> 
         device: where it is made.
         layers: how many; None is one of each kind, at least two.
         tiny: shrink every width, for a run that measures nothing.
+        num_experts: where the model has some; None is all of them.
     """
     model_type, sizes = MODELS[name]
+    if num_experts is not None and "num_experts" in sizes:
+        sizes = {**sizes, "num_experts": num_experts}
     config_class = tiny_models.transformers().CONFIG_MAPPING[model_type]
     config = _tiny(config_class, layers, sizes) if tiny else _cut(config_class, layers, sizes)
     torch.manual_seed(0)

@@ -1,7 +1,7 @@
 """Unmodified Hugging Face models on a GPU: normfuse against plain torch.compile, end to end.
 
     python benchmarks/models.py --time-limit 400 --out benchmarks/results/models_h200.json
-    python benchmarks/models.py --models qwen3_8b --cells decode1 decode64 --triton --jobs 1
+    python benchmarks/models.py --models qwen3_8b --cells decode1,decode64 --triton --jobs 1
 
 Real widths, random weights, few layers, a small vocabulary (`model_zoo.py`). Both contenders run
 under the CUDA graphs of `mode="reduce-overhead"`, and their replays take turns. Decoding is one
@@ -15,8 +15,9 @@ plain Inductor's allows is reported, not timed. Then, for each contender:
     norm_us      of that, kernels of norms and rotary embeddings: ours, and Inductor's with a word
                  such as rsqrt, mean, cos or cat in their name; what they fused with it counts, too
     compiled_us  all kernels in Triton, Inductor's and ours: without the matrix products
-    compile_s    of the first cell of a model: without caches, in one thread, half of them plain
-                 first; tracing included, running and trying launches not
+    compile_s    of the first cell of a model: without caches, in one thread unless
+                 TORCHINDUCTOR_COMPILE_THREADS says otherwise, half of them plain first; tracing
+                 included, running and trying launches not
     peak_mb      memory beyond weights and inputs while it compiles, records and replays
 
 Each model has a process of its own, so that models compile at the same time; they take turns on the
@@ -60,8 +61,9 @@ Row = dict[str, Any]
 
 def arguments_of(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--cells", nargs="+", default=list(CELLS), choices=list(CELLS))
+    names = {"type": _names, "metavar": "NAME,..."}
+    parser.add_argument("--models", default=list(MODELS), help=", ".join(MODELS), **names)
+    parser.add_argument("--cells", default=list(CELLS), help=", ".join(CELLS), **names)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=30, help="of timing, at least 1")
     parser.add_argument("--triton", action="store_true", help='time lowering="triton", too')
@@ -73,6 +75,17 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="shrink all: measures nothing")
     parser.add_argument("--out", type=Path)
     return parser.parse_args(argv)
+
+
+def _names(text: str) -> list[str]:
+    """Models or cells, separated by commas."""
+    names = text.split(",")
+    for name in names:
+        if name not in (*MODELS, *CELLS):
+            raise argparse.ArgumentTypeError(
+                f"a name must be one of {', '.join((*MODELS, *CELLS))}, got {name}: correct it"
+            )
+    return names
 
 
 def rows_of(
@@ -118,7 +131,7 @@ def run(arguments: argparse.Namespace, keep: Callable[[Row], None]) -> None:
             if time.monotonic() > deadline:
                 return
         return
-    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     context = multiprocessing.get_context("spawn")
     turn, rows = context.RLock(), context.Queue()
     groups = [arguments.models[index::jobs] for index in range(jobs)]
@@ -164,6 +177,7 @@ def record_of(arguments: argparse.Namespace, rows: list[Row], command: str) -> d
         "measured": arguments.device == "cuda" and not arguments.tiny,
         "layers": arguments.layers,
         "rounds": arguments.rounds,
+        "compile_threads": os.environ.get("TORCHINDUCTOR_COMPILE_THREADS", "default"),
         "notes": [
             f"{arguments.layers} layers, random weights, a vocabulary of 1024, bfloat16",
             "norm_us counts Inductor's kernels by their names, whatever is fused with the norms",

@@ -1,9 +1,13 @@
-"""The models that the shipped tables are measured for: one factory each, for `normfuse tune`.
+"""The models that the shipped tables are measured for: factories for `normfuse tune`.
 
     python benchmarks/table_models.py --out normfuse/tuning/tables/nvidia_h200.json
+    python benchmarks/table_models.py --training \
+        --out normfuse/tuning/tables/nvidia_h200_training.json
 
-Real widths and heads, one layer of each kind, at least two, and random weights. Each row count is
-one sequence without a cache.
+Real widths and heads (`model_zoo.py`), one layer of each kind, at least two, and random weights.
+Inference: each number of rows is a sequence without a cache and, up to 64, as many sequences that
+get their next token from a static cache, so that every cell of `models.py` is measured. Training: a
+forward and a backward of one sequence.
 """
 
 from __future__ import annotations
@@ -11,106 +15,64 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from normfuse.cli import real_models
+from model_zoo import MODELS, build, decode, prefill
 
 ROWS = (1, 16, 64, 256, 512, 1024, 4096, 16384)
+TRAINING_ROWS = (4096, 8192)
+TRAINED = ("gemma3_4b", "gemma3_12b", "gemma3_27b", "qwen3_8b", "llama3_8b")
+MOST_DECODED = 64  # sequences of a batch
+EXPERTS = 16  # built, of 128: their number changes no norm
+
+DEVICE = "cuda"
+TINY = False
 
 
-def llama3_8b(rows: int) -> Any:
-    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
-    return real_models.build("llama", rows, hidden_size=4096, intermediate_size=14336, **heads)
+def __getattr__(name: str) -> Callable[..., Any]:
+    """The factory of a model, by its name; that of a training step, with `_training` behind it."""
+    model = name.removesuffix("_training")
+    if model not in MODELS:
+        raise AttributeError(f"a factory must be one of {', '.join(MODELS)}, got {name}")
+    return partial(training if name != model else inference, model)
 
 
-def qwen3_8b(rows: int) -> Any:
-    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
-    return real_models.build("qwen3", rows, hidden_size=4096, intermediate_size=12288, **heads)
+def inference(name: str, rows: int) -> tuple[Callable[[], Any], tuple[()], dict[str, Any]]:
+    """A forward of `rows` tokens, and steps of decoding in the same graph."""
+    model = build(name, DEVICE, None, tiny=TINY, num_experts=EXPERTS)
+    inputs = prefill(model, rows)
+    if rows > MOST_DECODED:
+        return model, (), inputs
+    step = decode(model, rows, filled=4, cache_size=8)
+
+    def both() -> Any:
+        return model(**inputs).logits, model(**step).logits
+
+    return both, (), {}
 
 
-def qwen3_30b_a3b(rows: int) -> Any:
-    sizes = {"hidden_size": 2048, "moe_intermediate_size": 768, "num_experts_per_tok": 8}
-    heads = {"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128}
-    return real_models.build("qwen3_moe", rows, **sizes, **heads)
-
-
-def gemma3_4b(rows: int) -> Any:
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256}
-    return _gemma3(rows, hidden_size=2560, intermediate_size=10240, **heads)
-
-
-def gemma3_12b(rows: int) -> Any:
-    heads = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256}
-    return _gemma3(rows, hidden_size=3840, intermediate_size=15360, **heads)
-
-
-def gemma3_27b(rows: int) -> Any:
-    heads = {"num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 128}
-    return _gemma3(rows, hidden_size=5376, intermediate_size=21504, **heads)
-
-
-def _gemma3(rows: int, **sizes: int) -> Any:
-    return real_models.build("gemma3_text", rows, sliding_window=1024, **sizes)
-
-
-def gemma4_dense(rows: int) -> Any:
-    """Width 5376."""
-    heads = {"num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 256}
-    return _gemma4(rows, hidden_size=5376, intermediate_size=21504, **heads)
-
-
-def gemma4_experts(rows: int) -> Any:
-    """Width 2816, dense branch and experts side by side, keys that serve as values."""
-    heads = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256}
-    experts = {
-        "enable_moe_block": True,
-        "num_experts": 128,
-        "top_k_experts": 8,
-        "moe_intermediate_size": 704,
-    }
-    shared = {"attention_k_eq_v": True, "num_global_key_value_heads": 2}
-    sizes = {"hidden_size": 2816, "intermediate_size": 2112}
-    return _gemma4(rows, **sizes, **heads, **experts, **shared)
-
-
-def _gemma4(rows: int, **sizes: Any) -> Any:
-    return real_models.build("gemma4_text", rows, hidden_size_per_layer_input=0, **sizes)
-
-
-def olmo2_7b(rows: int) -> Any:
-    heads = {"num_attention_heads": 32, "num_key_value_heads": 32}
-    return real_models.build("olmo2", rows, hidden_size=4096, intermediate_size=11008, **heads)
-
-
-def glm4_9b(rows: int) -> Any:
-    heads = {"num_attention_heads": 32, "num_key_value_heads": 2, "head_dim": 128}
-    return real_models.build("glm4", rows, hidden_size=4096, intermediate_size=13696, **heads)
-
-
-MODELS = (
-    llama3_8b,
-    qwen3_8b,
-    qwen3_30b_a3b,
-    gemma3_4b,
-    gemma3_12b,
-    gemma3_27b,
-    gemma4_dense,
-    gemma4_experts,
-    olmo2_7b,
-    glm4_9b,
-)
+def training(name: str, rows: int) -> tuple[Any, tuple[()], dict[str, Any]]:
+    """A forward of `rows` tokens whose parameters want gradients."""
+    model = build(name, DEVICE, None, tiny=TINY).train()
+    return model, (), prefill(model, rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = [model.__name__ for model in MODELS]
-    parser.add_argument("--models", nargs="+", default=names, choices=names)
-    parser.add_argument("--rows", nargs="+", default=[str(rows) for rows in ROWS])
+    parser.add_argument("--training", action="store_true", help="forward and backward")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS))
+    parser.add_argument("--rows", nargs="+", type=int)
     parser.add_argument("--jobs", default=str(min(16, os.cpu_count() or 1)))
     parser.add_argument("--out", required=True)
     arguments = parser.parse_args()
-    specs = [f"{os.path.relpath(__file__)}:{name}" for name in arguments.models]
-    argv = ["tune", *specs, "--rows", *arguments.rows]
+    suffix = "_training" if arguments.training else ""
+    models = arguments.models or (TRAINED if arguments.training else MODELS)
+    rows = arguments.rows or (TRAINING_ROWS if arguments.training else ROWS)
+    specs = [f"{os.path.relpath(__file__)}:{name}{suffix}" for name in models]
+    argv = ["tune", *specs, "--rows", *map(str, rows)]
+    argv += ["--training"] if arguments.training else []
     argv += ["--jobs", arguments.jobs, "--out", arguments.out]
     os.execv(sys.executable, [sys.executable, "-m", "normfuse", *argv])
 

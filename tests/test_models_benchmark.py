@@ -158,8 +158,14 @@ def test_summary():
     assert models_summary.summary([])["speedup"] is None
 
 
+def test_an_unknown_name_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        models.arguments_of(["--cells", "prefill"])
+    assert "a name must be one of gemma3_4b, " in capsys.readouterr().err
+
+
 def test_what_the_time_limit_cuts_off_is_listed():
-    arguments = models.arguments_of(["--models", "qwen3_8b", "llama3_8b", "--cells", "decode1"])
+    arguments = models.arguments_of(["--models", "qwen3_8b,llama3_8b", "--cells", "decode1"])
     assert models.record_of(arguments, ROWS[:1], "")["not_reached"] == ["llama3_8b decode1"]
 
 

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 import subprocess
 import sys
 import time
@@ -12,7 +11,6 @@ import pytest
 import torch
 
 from normfuse import tuning
-from normfuse.ops.kernels import launches
 from normfuse.passes import choice
 from normfuse.passes.region import key_of
 from normfuse.settings import Settings
@@ -26,7 +24,6 @@ from normfuse.tuning import (
     Table,
     Tables,
     bucket,
-    digest,
     kernel_digest,
     store,
 )
@@ -326,75 +323,6 @@ class TestStaleMeasurements:
             "measured with another version of the kernel: run `python -m normfuse tune`",
         )
         assert chosen(site(16384), "another")[1].startswith("not measured on A GPU")
-
-
-class TestKernelDigest:
-    OPS = ("rms_norm", "add_rms_norm", "qk_rms_norm_rope", "rms_norm_backward")
-
-    @pytest.fixture
-    def sources(self, monkeypatch, tmp_path):
-        """A copy of the kernel files that a test may edit."""
-        root = shutil.copytree(digest._ROOT, tmp_path / "kernels")
-        monkeypatch.setattr(digest, "_ROOT", root)
-        yield root
-        self.forget()
-
-    @staticmethod
-    def forget():
-        kernel_digest.cache_clear()
-        digest._definitions.cache_clear()
-
-    def changed(self, change=lambda: None):
-        """The ops whose digests an edit changes."""
-        self.forget()
-        before = {op: kernel_digest(op) for op in self.OPS}
-        change()
-        self.forget()
-        return {op for op in self.OPS if kernel_digest(op) != before[op]}
-
-    @pytest.mark.parametrize(
-        ("file", "old", "new", "ops"),
-        [
-            ("rms_norm", "y_ptr += row * N", "y_ptr += row * (N + 1)", {"rms_norm"}),
-            ("chunks", "index * BLOCK +", "BLOCK * index +", {"rms_norm", "add_rms_norm"}),
-            ("slots", "SLOTS = 3", "SLOTS = 4", {"qk_rms_norm_rope"}),
-            ("tile", "VECTOR = 8 ", "VECTOR = 4 ", {"rms_norm", "add_rms_norm"}),
-            ("tile", "MAX_THREADS = 1024", "MAX_THREADS = 512", set(OPS[:3])),
-        ],
-    )
-    def test_follows_the_code_that_an_op_reaches(self, sources, file, old, new, ops):
-        path = sources / f"{file}.py"
-        text = path.read_text()
-        assert old in text
-        assert self.changed(lambda: path.write_text(text.replace(old, new, 1))) == ops
-
-    def test_ignores_words_and_what_an_op_does_not_reach(self, sources):
-        path = sources / "chunks.py"
-        text = path.read_text()
-        text = text.replace('"""The columns of one tile', '"""All columns of the tile')
-        text = text.replace("    tiles = ()\n", "    # A comment.\n\n    tiles = ()\n")
-        text += "\n\ndef for_another_op(x):\n    return columns(x)\n"
-        assert text != path.read_text()
-        assert self.changed(lambda: path.write_text(text)) == set()
-
-    def test_follows_the_launches_of_an_op_only(self, sources, monkeypatch):
-        def replace(op, **fields):
-            entries = tuple(one._replace(**fields) for one in launches.LAUNCHES[op])
-            monkeypatch.setitem(launches.LAUNCHES, op, entries)
-
-        assert self.changed(lambda: replace("rms_norm", num_warps=2)) == {"rms_norm"}
-        assert self.changed(lambda: replace("rms_norm", speedups=(9.0, 9.0))) == set()
-        assert self.changed(lambda: replace("rms_norm_add", num_warps=2)) == set()
-
-    def test_is_the_same_for_every_python(self):
-        """Of a tree whose form differs between the versions that we run on."""
-        (function,) = digest.ast.parse("def f(x, *, y=1.0): return f'{x!r} {y}'").body
-        assert digest._text(function) == (
-            "FunctionDef(name='f' args=arguments(args=[arg(arg='x')] kwonlyargs=[arg(arg='y')] "
-            "kw_defaults=[Constant(value=1.0)]) body=[Return(value=JoinedStr(values=["
-            "FormattedValue(value=Name(id='x' ctx=Load()) conversion=114) Constant(value=' ') "
-            "FormattedValue(value=Name(id='y' ctx=Load()) conversion=-1)]))])"
-        )
 
 
 def test_shipped_tables_are_whole(caplog):

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule
+from torch.utils._pytree import tree_leaves
 
 from normfuse.backend import patches
 from normfuse.capturing import fresh
+from normfuse.cli.errors import UsageError
 from normfuse.cli.subject import Subject
 from normfuse.passes import choice, inductor
 from normfuse.passes.lower import Lower
@@ -22,8 +24,16 @@ from normfuse.tuning import bucket
 _HOOK = "post_grad_custom_post_pass"
 
 
-def regions_of(subject: Subject) -> list[Region]:
-    """The regions of a model in inference, whose kernels could be taken; the model runs once."""
+def regions_of(subject: Subject, *, training: bool = False) -> list[Region]:
+    """The regions of a model whose kernels could be taken; the model runs once.
+
+    Args:
+        subject: the model and its inputs.
+        training: with gradients, and then backward from its results; else in inference.
+
+    Raises:
+        UsageError: no result wants a gradient, in training.
+    """
     found: list[Region] = []
 
     launch = Lower(Settings("triton"))
@@ -40,12 +50,24 @@ def regions_of(subject: Subject) -> list[Region]:
     def backend(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Any:
         return inductor.interpret_graph(graph_module, example_inputs, ours)
 
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.set_grad_enabled(training), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's and the model's
-        torch.compile(fresh(subject.model), backend=backend, dynamic=False)(
+        results = torch.compile(fresh(subject.model), backend=backend, dynamic=False)(
             *subject.args, **subject.kwargs
         )
+        if training:
+            _backward(results, subject.title)
     return unique(found)
+
+
+def _backward(results: Any, title: str) -> None:
+    tensors = [x for x in tree_leaves(results) if isinstance(x, torch.Tensor) and x.requires_grad]
+    if not tensors:
+        raise UsageError(
+            f"{title} must return a tensor that wants a gradient, got none: "
+            "leave parameters trainable, or leave out --training"
+        )
+    torch.autograd.backward(tensors, [torch.ones_like(x) for x in tensors])
 
 
 def unique(regions: Iterable[Region]) -> list[Region]:

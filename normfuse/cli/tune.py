@@ -61,6 +61,7 @@ class Job:
     dtype: str | None
     layers: int | None
     rows: int | None
+    training: bool
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -80,6 +81,8 @@ def add_parser(subparsers: Subparsers) -> None:
     add("--dtype", choices=DTYPES, help="of weights and inputs (default: bf16; as from a factory)")
     layers = "layers of a model type (default: one of each kind, at least two)"
     add("--layers", type=int, metavar="N", help=layers)
+    training = "measure training instead of inference: with gradients, and backward"
+    add("--training", action="store_true", help=training)
     jobs = "processes that compile at once; they take turns on the GPU (default: 1)"
     add("--jobs", type=int, default=1, metavar="N", help=jobs)
     again = "measure what the tables already know, too"
@@ -130,12 +133,14 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
     jobs = []
     for model in args.models:
         own = [None] if ".py:" in model else list(ROWS)
-        jobs += [Job(model, args.dtype, args.layers, rows) for rows in args.rows or own]
+        for rows in args.rows or own:
+            jobs.append(Job(model, args.dtype, args.layers, rows, args.training))
     return jobs
 
 
 def _capture(job: Job) -> list[Region]:
-    regions = regions_of(load_real(job.model, job.dtype, job.layers, job.rows))
+    subject = load_real(job.model, job.dtype, job.layers, job.rows)
+    regions = regions_of(subject, training=job.training)
     torch._dynamo.reset()  # lets go of the model
     gc.collect()
     gc.freeze()  # recording a CUDA graph collects garbage, which takes long among so many modules

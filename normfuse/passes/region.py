@@ -72,7 +72,9 @@ class Region:
 def key_of(node: Node, device_name: str) -> Key:
     """What measurements of a site hold for."""
     activations = _activations(node)
-    words = (leaf for leaf in tree_leaves(node.args) if isinstance(leaf, (str, bool, int)))
+    words = [leaf for leaf in tree_leaves(node.args) if isinstance(leaf, (str, bool, int))]
+    if _lacks_grad_total(node):
+        words.append("no grad_total")  # which is as large as the other activations
     return Key(
         device_name,
         minor(torch.__version__),
@@ -81,6 +83,13 @@ def key_of(node: Node, device_name: str) -> Key:
         tuple(int(inductor.hint(x.shape[-1])) for x in activations),
         SHORT.get(activations[0].dtype, str(activations[0].dtype)),
     )
+
+
+def _lacks_grad_total(node: Node) -> bool:
+    """Whether a gradient has no second one to add: nobody reads the sum behind the last norm."""
+    target: Any = node.target
+    names = [argument.name for argument in target._schema.arguments]
+    return "grad_total" in names and node.args[names.index("grad_total")] is None
 
 
 def rows_of(node: Node) -> Rows:
