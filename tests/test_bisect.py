@@ -16,7 +16,7 @@ from normfuse.ops import ADD_RMS_NORM
 from tests import blocks
 from tests.planted import planted
 
-WIDTHS = (16, 24, 32, 40)
+WIDTHS = (16, 24, 32)
 
 
 class Narrowing(nn.Module):
@@ -67,7 +67,7 @@ def test_a_right_model(capsys):
     status, document = run(capsys)
 
     assert status == 0
-    assert (document["schema"], document["num_sites"], document["num_runs"]) == (1, 4, 3)
+    assert (document["schema"], document["num_sites"], document["num_runs"]) == (1, 3, 3)
     assert document["fused"] == document["allowed"] == [0.0, 0.0]
     assert document["culprits"] == []
 
@@ -85,15 +85,15 @@ def test_a_planted_fault_is_found(capsys):
     assert document["fused"][0] > 0 == document["fused"][1]
     assert document["culprits"][0]["alone"][0] > 0
     assert document["after"] == [0.0, 0.0]
-    assert document["num_runs"] <= 3 + 2 * 2 + 1  # two halvings, and all others
+    assert document["num_runs"] <= 3 + 2 * 2 + 1  # two halvings at most, and all others
 
 
 def test_all_faults_are_found_one_after_the_other(capsys):
-    with planted(ADD_RMS_NORM, double, is_wide(16, 40)):
+    with planted(ADD_RMS_NORM, double, is_wide(16, 32)):
         status, document = run(capsys, "--all")
 
     assert status == 1
-    assert modules(document) == [["norms.0"], ["norms.3"]]
+    assert modules(document) == [["norms.0"], ["norms.2"]]
     assert document["after"] == [0.0, 0.0]
 
 
@@ -109,7 +109,7 @@ def test_the_first_of_two_faults_and_its_numbers_are_printed(capsys):
 
 
 def test_a_tolerance_is_a_share_of_the_largest_element(capsys):
-    with planted(ADD_RMS_NORM, lambda y: y * (1 + 2**-6), is_wide(40)):
+    with planted(ADD_RMS_NORM, lambda y: y * (1 + 2**-6), is_wide(32)):
         status, document = run(capsys, "--tolerance", "0.5")
 
     assert status == 0

@@ -40,10 +40,10 @@ def llama():
     return blocks.LlamaBlock().bfloat16(), activation(4), activation(4)
 
 
-def compiled(block, **options):
+def compiled(block, dynamic=None, **options):
     """Compiled with opaque ops; the C++ compiler would take longer than all the rest."""
-    options = {"lowering": "op", **options}
-    return torch.compile(block, options=normfuse.options(**options, disable_cpp_codegen=True))
+    options = {"lowering": "op", "disable_cpp_codegen": True, **options}
+    return torch.compile(block, options=normfuse.options(**options), dynamic=dynamic)
 
 
 @pytest.mark.guarantee
@@ -162,7 +162,7 @@ def test_training_is_checked_too():
 @torch.no_grad()
 def test_rows_may_change():
     block, *_ = llama()
-    model = torch.compile(block, options=normfuse.options(lowering="op", check="all"), dynamic=True)
+    model = compiled(block, dynamic=True, check="all")
 
     for rows in (3, 7):
         model(activation(rows), activation(rows))

@@ -10,7 +10,7 @@ from normfuse.ops.running_error import RunningError
 from tests import op_arguments
 from tests.kernels.inputs import PLANS, random
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float32)
 
 
 def errors(function, *arguments):
@@ -33,7 +33,7 @@ def test_every_op_stays_within_its_bounds(op, dtype):
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_every_rounding_of_the_plan_stays_within_its_bounds(plan):
-    for width in (1, 3, 64, 769):
+    for width in (1, 64, 769):
         for error, _ in errors(rms_norm_reference, *norm(plan, 64, width)):
             assert error.max() <= 1
 
