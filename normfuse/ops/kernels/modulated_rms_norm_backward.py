@@ -175,6 +175,7 @@ def modulated_rms_norm_backward_kernel(
         sums += (zeros(ROWS, BLOCK, WIDE),)
         shift_sums += (zeros(ROWS, BLOCK, WIDE),)
     STAGES: tl.constexpr = 2 if HELD else 1  # the next rows are on their way meanwhile
+    # Hoisted out of the loop, addresses would take the registers of wide rows: they spill.
     for tile in tl.range(
         start, tl.cdiv(num_rows, ROWS), num_programs, num_stages=STAGES, disable_licm=True
     ):
