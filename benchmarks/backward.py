@@ -355,6 +355,8 @@ def show(record: dict[str, Any]) -> None:
             f"{row['speedup']:.2f}x",
         )
     Console(width=110).print(table)
+    if record["is_dry"]:
+        print("a dry run: the gradients are checked, the times are made up")
     if record["left_out"]:
         print(f"left out by --time-limit: {len(record['left_out'])} cells")
     if rows:

@@ -235,6 +235,15 @@ def check(functions: dict[str, Any], model: Any, ids: torch.Tensor) -> dict[str,
     return rows
 
 
+def warm_up(device: str) -> None:
+    """Imports and compile workers are not what `compile_s` measures."""
+    model = build(next(iter(MODELS)), 1, True, device)
+    ids = torch.zeros(1, 8, dtype=torch.long, device=device)
+    step_of(torch.compile(fresh(model), backend="aot_eager"), ids, None)()
+    x = torch.ones(8, device=device, requires_grad=True)
+    torch.compile(lambda x: x.sin().sum())(x).backward()
+
+
 def cell(name: str, shape: str, arguments: argparse.Namespace) -> Row:
     """Everything about one model and shape, by contender."""
     torch._dynamo.reset()
@@ -283,6 +292,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # a test's affair, and slow
     record: Row = {**environment(command(argv)), "device": arguments.device, "cells": []}
     cells = list(product(arguments.models, arguments.shapes))
+    warm_up(arguments.device)
     began, longest = time.monotonic(), 0.0
     for name, shape in track(cells, description="measuring"):
         start = time.monotonic()
