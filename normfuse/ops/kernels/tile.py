@@ -36,6 +36,8 @@ class Launch:
         num_warps: warps of a program.
         few: how rows are read if there are fewer than `MANY_ROWS`.
         many: how they are read otherwise.
+        programs: at most so many, which take rows by turns, with the next ones on their way; 0 for
+            as many as there are rows to share.
     """
 
     rows: int
@@ -43,6 +45,7 @@ class Launch:
     num_warps: int
     few: str = "held"
     many: str = "held"
+    programs: int = 0
 
     @classmethod
     def for_shape(
@@ -92,10 +95,13 @@ class Launch:
             reads = self.many
         elif not known(num_rows < MANY_ROWS):
             reads = " ".join(word for word in self.few.split() if word != "streamed")
+        if self.programs:
+            reads = f"{reads} looped"
         return {"N": cols, "ROWS": self.rows, "BLOCK": self.block, "READS": f"{reads} {target()}"}
 
     def grid(self, num_rows: int) -> tuple[int]:
-        return ((num_rows + self.rows - 1) // self.rows,)
+        turns = (num_rows + self.rows - 1) // self.rows
+        return (torch.sym_min(turns, self.programs) if self.programs else turns,)
 
 
 def eager(kernel: Any) -> Any:
