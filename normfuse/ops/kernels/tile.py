@@ -76,7 +76,10 @@ class Launch:
     def by_rule(
         cls, cols: int, dtype: torch.dtype, *, held: int = 1, warp_size: int = WARP_SIZE
     ) -> Launch:
-        """16 elements of `held` rows of the type `dtype` for each thread, 8 in float64."""
+        """16 elements of `held` rows of the type `dtype` for each thread, 8 in float64.
+
+        Few rows ask for weights and residual beforehand while a thread has the registers.
+        """
         is_double = dtype == torch.float64
         widest = WIDEST_HELD // 2 if is_double else WIDEST_HELD
         width = triton.next_power_of_2(cols)
@@ -86,7 +89,9 @@ class Launch:
         vector = VECTOR // 2 if is_double else VECTOR
         block = min(width, max(vector * threads, warp_size) // rows)
         reads = "held" if cols <= widest // held else ""
-        return cls(rows, block, threads // warp_size, reads, reads)
+        has_room = rows == 1 and threads <= MAX_THREADS // 2
+        few = f"ahead {reads}" if reads and has_room else reads
+        return cls(rows, block, threads // warp_size, few, reads)
 
     def constants(self, cols: int, num_rows: Any) -> dict[str, Any]:
         """The kernel's constants for `num_rows` rows of `cols` elements; rows may be symbolic."""
