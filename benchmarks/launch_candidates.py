@@ -135,9 +135,7 @@ def _wide(op: str, width: int) -> Iterator[Candidate]:
     for block, warps in ((8192, 32), (8192, 16), (4096, 16), (4096, 8), (2048, 8)):
         yield Candidate(1, block, warps, "")
     if width == 32768:
-        yield Candidate(1, 8192, 32, "held", SMS)
-        yield Candidate(1, 8192, 16, "held", SMS)
-        yield Candidate(1, 8192, 16, "ahead held", SMS)
+        yield from (Candidate(1, 8192, warps, "ahead held", SMS) for warps in (16, 32))
 
 
 def _common(op: str, width: int, vector: int) -> Iterator[Candidate]:
@@ -150,8 +148,7 @@ def _common(op: str, width: int, vector: int) -> Iterator[Candidate]:
         for tile in sorted({min(block, vector * 32 * warps), min(block, 4 * vector * 32 * warps)}):
             for reads in (*READS[:2], *residual, "ahead held flushed"):
                 yield Candidate(1, tile, warps, reads)
-            yield from (Candidate(1, tile, warps, "ahead held", SMS * k) for k in (2, 4))
-            yield Candidate(1, tile, warps, "held", SMS * 2)
+            yield from (Candidate(1, tile, warps, "ahead held", SMS * k) for k in (1, 2, 4))
 
 
 PRESETS = {"whole": whole, "weak": weak}

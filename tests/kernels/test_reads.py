@@ -19,7 +19,6 @@ WAYS = {
     "weights late": ("beside held", 0),
     "summands late, results leave": ("ahead held late streamed flushed", 0),
     "looped": ("ahead held", 1),
-    "looped, weights late": ("held", 1),
 }
 
 

@@ -9,7 +9,8 @@ READS says how a program reads its rows, as words of one constant (`tile.Launch.
     streamed    rows are read once: they leave the caches first
     flushed     results are not read here: they leave the caches first, too
     late        two rows of which only the sum is held are read tile by tile as it is made
-    looped      a program takes row after row, and asks for the next before it is done with one
+    looped      a program takes row after row, and asks for the next before it is done with one;
+                goes with "ahead held": weights that the loop reads would take up shared memory
     cuda, hip   the GPU for which `fenced` is written; neither for the interpreter
 """
 
@@ -75,26 +76,10 @@ def load_tile(ptr, is_row, index, N: tl.constexpr, BLOCK: tl.constexpr, READS: t
     """
     cols = columns(index, BLOCK)
     if is_row is None:
-        if says(READS, "looped"):
-            tile = _load_in_place(ptr, cols, N)
-        else:
-            tile = tl.load(ptr + cols, mask=cols < N, other=0.0)
+        tile = tl.load(ptr + cols, mask=cols < N, other=0.0)
     else:
         POLICY: tl.constexpr = "evict_first" if says(READS, "streamed") else ""
         tile = tl.load(ptr + cols, mask=is_row & (cols < N), other=0.0, eviction_policy=POLICY)
-    return tile
-
-
-@triton.jit
-def _load_in_place(ptr, cols, N: tl.constexpr):
-    """A load that a loop over rows does not ask for early, into shared memory that rows need.
-
-    Those are only loads that the body of the loop makes in any case; that this condition always
-    holds, the compiler sees later.
-    """
-    tile = tl.zeros(ptr.shape, ptr.dtype.element_ty) + tl.zeros(cols.shape, ptr.dtype.element_ty)
-    if tl.num_programs(0) > 0:
-        tile = tl.load(ptr + cols, mask=cols < N, other=0.0)
     return tile
 
 

@@ -36,8 +36,8 @@ class Launch:
         num_warps: warps of a program.
         few: how rows are read if there are fewer than `MANY_ROWS`.
         many: how they are read otherwise.
-        programs: at most so many, which take rows by turns, with the next ones on their way; 0 for
-            as many as there are rows to share.
+        programs: at most so many, which take rows by turns, with the next ones on their way, and
+            read "ahead held"; 0 for as many as there are rows to share.
     """
 
     rows: int
