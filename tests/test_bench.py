@@ -9,12 +9,10 @@ import pickle
 import pytest
 import torch
 
-from normfuse.__main__ import main
 from normfuse.cli.bench import contenders as contenders_of
 from normfuse.cli.bench import measuring, plots, precompiling
-from normfuse.cli.bench import record as records
 from normfuse.cli.bench.accuracy import accuracy
-from normfuse.cli.bench.cells import Cell, grid
+from normfuse.cli.bench.cells import Cell
 from normfuse.cli.bench.contenders import COPY, INDUCTOR, OURS, Contender
 from normfuse.cli.bench.subjects import subject
 from normfuse.cli.bench.summary import compared, geometric_mean, summarise
@@ -212,6 +210,29 @@ class TestCell:
         assert entries["broken"]["cold_us"] is None
         assert entries[OURS]["cold_us"]
 
+    def test_a_launch_that_is_refused_is_forgotten_before_the_next(self, rivals):
+        """CUDA keeps its error, and torch would raise it from the next contender's launch."""
+        refused = []
+
+        class Gpu(DryClock):
+            def record(self, *arguments):
+                if refused:
+                    raise RuntimeError(refused[0])
+                return super().record(*arguments)
+
+            def forget_error(self):
+                refused.clear()
+
+        def refusing(*operands):
+            refused.append("invalid argument")
+            raise RuntimeError(refused[0])
+
+        rivals.append(Contender("refused", lambda: refusing))
+        cell = Cell("add_rms_norm", 4, 64)
+        entries = measuring.measure_cell(cell, (), Gpu())["contenders"]
+        assert entries["refused"]["failure"] == "RuntimeError: invalid argument"
+        assert entries[COPY]["failure"] is None
+
     def test_one_that_writes_nothing(self, rivals):
         """The first call is right; the recorded one leaves the poison where it is."""
         what = subject(Cell("add_rms_norm", 4, 64))
@@ -252,71 +273,6 @@ class TestCell:
         entry = self.entries()[OURS]
         assert "must be at most twice eager's" in entry["failure"]
         assert entry["cold_us"] is None
-
-
-class TestCommand:
-    @pytest.fixture
-    def dry(self, tmp_path, capsys):
-        """Runs `bench --dry-run`; its status, its record and what it printed."""
-
-        def call(*arguments):
-            out = tmp_path / "record.json"
-            status = main(["bench", "--dry-run", "--out", str(out), *arguments])
-            return status, records.read(out), capsys.readouterr().out
-
-        return call
-
-    def test_needs_a_gpu(self, monkeypatch, capsys):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        assert main(["bench"]) == 2
-        assert "bench must have a CUDA device, got none" in capsys.readouterr().err
-
-    def test_dry_run(self, dry):
-        status, record, text = dry("--quick", "--ops", "add_rms_norm", "qk_rms_norm_rope")
-        assert status == 0
-        assert record["is_complete"]
-        assert record["dry_run"]
-        assert {cell["op"] for cell in record["cells"]} == {"add_rms_norm", "qk_rms_norm_rope"}
-        assert len(record["environment"]["sources"]) == 16
-        assert "dry run: the times are made up" in text
-        assert text.index("no losses") < text.index("geometric means")
-
-    def test_a_record_survives_writing(self, dry, tmp_path):
-        _, record, _ = dry("--quick", "--ops", "l2_norm")
-        records.write(record, tmp_path / "again.json")
-        assert records.read(tmp_path / "again.json") == record
-        assert summarise(record["cells"], record["ceiling_gb_s"]) == record["summary"]
-
-    def test_lists_what_it_did_not_reach(self, dry):
-        _, record, text = dry("--ops", "rms_norm", "--time-limit", "0.001")
-        assert record["cells"] == []
-        assert len(record["not_reached"]) == len(grid(["rms_norm"]))
-        assert not record["is_complete"]
-        assert "not reached" in text
-
-    def test_plots_and_shows_a_record(self, dry, tmp_path, capsys):
-        pytest.importorskip("matplotlib")
-        dry("--quick", "--ops", "rms_norm", "qk_rms_norm_rope")
-        out, drawn = tmp_path / "record.json", tmp_path / "plots"
-        assert main(["bench", "--show", str(out), "--plots", str(drawn)]) == 0
-        assert "drawn: " in capsys.readouterr().out
-        assert sorted(path.name for path in drawn.iterdir()) == [
-            "qk_rms_norm_rope.png",
-            "rms_norm.png",
-        ]
-        assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn.iterdir())
-
-    @pytest.mark.parametrize(
-        ("arguments", "complaint"),
-        [
-            (["--time-limit", "-1"], "--time-limit must be positive, got -1"),
-            (["--cells", "nonsense"], "--cells must match some cell, got nonsense"),
-            (["--show", "nowhere.json"], "--show must name a file, got nowhere.json"),
-        ],
-    )
-    def test_what_it_refuses(self, arguments, complaint, capsys):
-        assert main(["bench", "--dry-run", *arguments]) == 2
-        assert complaint in capsys.readouterr().err
 
 
 def test_no_panel_is_cut_off(tmp_path, monkeypatch):

@@ -93,12 +93,19 @@ def _source(kernel: Any, runtime: dict[str, Any], constants: dict[str, Any]) -> 
 
 
 def compile_kernel(
-    stem: str, width: int, dtype: torch.dtype, plan: RoundingPlan, target: str
+    stem: str,
+    width: int,
+    dtype: torch.dtype,
+    plan: RoundingPlan,
+    target: str,
+    tile: Launch | None = None,
 ) -> Any:
     """What Triton makes of one kernel on rows of `width`, with a weight of offset 1."""
     gpu, recorder = TARGETS[target], _Recorder()
+    op = stem.removesuffix(", gate first")
+    tile = tile or Launch.for_shape(width, dtype, plan.compute, op=op, warp_size=gpu.warp_size)
     with _building_for(gpu):
-        _record(stem, width, dtype, plan, gpu, recorder)
+        _record(stem, width, dtype, plan, tile, recorder)
     options = {"num_warps": recorder.num_warps}
     return triton.compile(recorder.source, target=gpu, options=options)
 
@@ -115,12 +122,10 @@ def _building_for(gpu: GPUTarget) -> Iterator[None]:
 
 
 def _record(
-    stem: str, width: int, dtype: torch.dtype, plan: RoundingPlan, gpu: GPUTarget, recorder: Any
+    stem: str, width: int, dtype: torch.dtype, plan: RoundingPlan, tile: Launch, recorder: Any
 ) -> None:
     x = torch.empty(64, width, dtype=dtype, device="meta")
     weight = torch.empty(width, dtype=dtype, device="meta")
-    op = stem.removesuffix(", gate first")
-    tile = Launch.for_shape(width, dtype, plan.compute, op=op, warp_size=gpu.warp_size)
     norm, settings = (1e-6, 1.0, plan), {"tile": tile, "wrap": recorder}
     if stem == "rms_norm":
         rms_norm.launch(x, weight, None, *norm, **settings)

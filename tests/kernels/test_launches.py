@@ -35,6 +35,14 @@ def test_measured_widths_take_the_table_and_other_types_a_rule():
     assert tile.Launch.for_shape(5376, BF16, F64, op="rms_norm") == tile.Launch.by_rule(5376, F64)
 
 
+def test_the_rule_asks_for_weights_ahead_where_rows_are_few_and_registers_many():
+    narrow, wide = tile.Launch.by_rule(4096, F32), tile.Launch.by_rule(32768, F32)
+
+    assert narrow.few.split() == ["ahead", "held"]
+    assert (narrow.many, wide.few, wide.many) == ("held",) * 3
+    assert tile.Launch.by_rule(128, F32).few == "held"
+
+
 @pytest.mark.parametrize("op", [*launches.LAUNCHES, "an op without measurements"])
 @pytest.mark.parametrize("width", [48, 128, 1024, 2816, 5376, 16384, 65536])
 def test_the_order_of_a_sum_does_not_depend_on_the_number_of_rows(op, width):

@@ -37,6 +37,7 @@ examples:
   python -m normfuse bench --quick
   python -m normfuse bench --ops add_rms_norm qk_rms_norm_rope --out mine.json --plots plots
   python -m normfuse bench --time-limit 540 --out kernels.json    # the most informative cells first
+  python -m normfuse bench --time-limit 540 --resume kernels.json --out kernels.json  # the others
 """
 
 
@@ -65,6 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     limit = "stop in time; cells come in order of what they tell, and the record lists the others"
     add("--time-limit", type=float, metavar="S", help=limit)
     add("--cells", nargs="+", metavar="TEXT", help="only cells whose name contains one of these")
+    resumed = "measure only the cells that this record of an earlier run lacks, and keep the others"
+    add("--resume", type=Path, metavar="FILE", help=resumed)
     workers = "processes that compile beforehand (default: all cores but four; 0: none)"
     add("--workers", type=int, metavar="N", help=workers)
     cache = "keep compiled kernels there for the next run (default: a temporary directory)"
@@ -85,11 +88,13 @@ class Run:
         deadline: in `time.monotonic()` seconds; None for no limit.
         record: what is known so far.
         recent: seconds that the last few cells took.
+        earlier: the record that this run continues.
     """
 
     args: argparse.Namespace
     console: Console
     deadline: float | None
+    earlier: dict[str, Any] | None = None
     record: dict[str, Any] = field(default_factory=dict)
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=8))
 
@@ -111,14 +116,15 @@ def run(args: argparse.Namespace) -> int:
     console = Console() if sys.stdout.isatty() else Console(width=150)
     if args.show:
         return _show(args, console)
-    cells = _chosen(args)
+    earlier = _earlier(args)
+    cells = _lacking(_chosen(args), earlier)
     limit = args.time_limit
-    under_way = Run(args, console, None if limit is None else start + limit)
+    under_way = Run(args, console, None if limit is None else start + limit, earlier)
     place = tempfile.TemporaryDirectory(prefix="normfuse-bench-") if not args.cache else None
     with place or nullcontext(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the compilers: they would break the progress bar
         _measure(under_way, cells, args.cache or Path(place.name))  # type: ignore[union-attr]
-    under_way.record["seconds"] = time.monotonic() - start
+    under_way.record["runs"][-1]["seconds"] = time.monotonic() - start
     return _close(under_way)
 
 
@@ -151,6 +157,31 @@ def _chosen(args: argparse.Namespace) -> list[Cell]:
     return [_shrunk(cell) for cell in cells] if args.dry_run else cells
 
 
+def _earlier(args: argparse.Namespace) -> dict[str, Any] | None:
+    """The record to be continued."""
+    from normfuse.cli.bench import record as records
+
+    if args.resume is None:
+        return None
+    if not args.resume.is_file():
+        raise UsageError(
+            f"--resume must name a file, got {args.resume}: pass what --out has written"
+        )
+    return records.read(args.resume)
+
+
+def _lacking(cells: list[Cell], earlier: dict[str, Any] | None) -> list[Cell]:
+    """The cells that a record lacks, or that broke in it."""
+    known = {cell["name"] for cell in _kept(earlier)}
+    return [cell for cell in cells if cell.name not in known]
+
+
+def _kept(earlier: dict[str, Any] | None) -> list[dict[str, Any]]:
+    if earlier is None:
+        return []
+    return [cell for cell in earlier["cells"] if cell["name"] not in earlier["broken"]]
+
+
 def _shrunk(cell: Cell) -> Cell:
     """A cell of a dry run: few rows, and narrow ones where the width is free."""
     width = cell.width if cell.heads != (1,) else min(cell.width, 64)
@@ -163,19 +194,41 @@ def _measure(under_way: Run, cells: list[Cell], cache: Path) -> None:
 
     args = under_way.args
     command = "python -m normfuse bench " + shlex.join(_arguments())
-    under_way.record |= {
-        "dry_run": args.dry_run,
-        "environment": records.environment(command.strip()),
-    }
+    record = under_way.record
+    record |= {"dry_run": args.dry_run, "environment": records.environment(command.strip())}
     if args.dry_run:
         present = Attendance((), {}, {"all": "a dry run has no peers"})
         clock: Any = timing.DryClock()
     else:
-        present = _prepared(under_way, cells, cache)
+        present = attendance()
+        clock = None
+    _check_continues(under_way, present)
+    if clock is None:
+        present = _prepared(under_way, cells, cache, present)
         clock = timing.CudaClock()
-    under_way.record["peers"] = {"versions": present.versions, "absent": present.absent}
-    under_way.record["ceiling_gb_s"] = clock.copy_gb_s()
+    record["peers"] = {"versions": present.versions, "absent": present.absent}
+    record["ceiling_gb_s"] = clock.copy_gb_s()
+    run = dict(record)
+    earlier = under_way.earlier
+    record["runs"] = [run] if earlier is None else [*earlier["runs"], run]
+    if earlier is not None:  # all shares are of one limit
+        record["ceiling_gb_s"] = earlier["ceiling_gb_s"]
     _measure_cells(under_way, cells, present, clock)
+
+
+def _check_continues(under_way: Run, present: Attendance) -> None:
+    """Cells of other machines, versions or kernels do not belong in one record."""
+    from normfuse.cli.bench import record as records
+
+    if under_way.earlier is None:
+        return
+    now = {**under_way.record, "peers": {"versions": present.versions}}
+    found = records.differences(under_way.earlier, now)
+    if found:
+        raise UsageError(
+            "--resume must continue a run on the same GPU, with the same versions and kernels, got "
+            f"another: {'; '.join(found)}. Measure without --resume"
+        )
 
 
 def _arguments() -> Sequence[str]:
@@ -184,14 +237,13 @@ def _arguments() -> Sequence[str]:
     return rest[1:] if rest[:1] == ["bench"] else rest
 
 
-def _prepared(under_way: Run, cells: list[Cell], cache: Path) -> Attendance:
-    """Compiles beforehand, and says which peers take part."""
+def _prepared(under_way: Run, cells: list[Cell], cache: Path, found: Attendance) -> Attendance:
+    """Compiles beforehand, and says which of the peers found take part."""
     from normfuse.cli.bench import precompiling
 
     precompiling.use_cache(cache)
     workers = under_way.args.workers
     workers = max(1, (os.cpu_count() or 1) - 4) if workers is None else workers
-    found = attendance()
     if workers == 0:
         return found
     limit = under_way.args.time_limit
@@ -212,7 +264,8 @@ def _measure_cells(under_way: Run, cells: list[Cell], present: Attendance, clock
     from normfuse.cli.bench.measuring import ContextLost, measure_cell
 
     record = under_way.record
-    record |= {"cells": [], "not_reached": [], "broken": {}}
+    run = len(record["runs"]) - 1
+    record |= {"cells": _kept(under_way.earlier), "not_reached": [], "broken": {}}
     waiting = list(cells)
     with _bar(under_way.console) as bar:
         task = bar.add_task("measuring", total=len(cells), what="")
@@ -221,9 +274,10 @@ def _measure_cells(under_way: Run, cells: list[Cell], present: Attendance, clock
             bar.update(task, what=cell.name)
             begin = time.monotonic()
             try:
-                record["cells"].append(measure_cell(cell, present.present, clock))
+                measured = measure_cell(cell, present.present, clock)
+                record["cells"].append({**measured, "run": run})
             except ContextLost as error:
-                record["cells"].append(error.args[0])
+                record["cells"].append({**error.args[0], "run": run})
                 record["broken"][cell.name] = "the CUDA context was lost: nothing after it ran"
                 break
             except Exception as error:  # memory, say: the next cell is smaller
@@ -233,7 +287,7 @@ def _measure_cells(under_way: Run, cells: list[Cell], present: Attendance, clock
             if len(record["cells"]) % 10 == 0 and under_way.args.out:
                 records.write({**record, "is_complete": False}, under_way.args.out)
     record["not_reached"] = [cell.name for cell in waiting]
-    record["compile_caches"] = _cache_counts()
+    record["runs"][run]["compile_caches"] = _cache_counts()
 
 
 def _cache_counts() -> dict[str, int]:

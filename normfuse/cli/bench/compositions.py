@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from importlib import import_module
-from importlib.util import find_spec
 
-from normfuse.cli.bench.cells import MODELS, QK, Cell
+from normfuse.cli.bench.cells import Cell
 from normfuse.cli.bench.peers import Peer
-from normfuse.cli.bench.spellings import Tensor, heads
+from normfuse.cli.bench.spellings import Tensor
 
 Results = tuple[Tensor, ...]
 # Ops whose operands a peer that works in place writes over.
@@ -21,41 +19,31 @@ OVERWRITTEN = ("add_rms_norm", "rms_norm_add_rms_norm")
 
 def composition(peer: Peer, cell: Cell) -> Callable[..., Results] | None:
     """The chain of a cell from this peer's kernels, of the subject's operands; None if it cannot"""
-    if cell.op in QK:
-        has_rope = cell.op == "qk_rms_norm" or find_spec("liger_kernel") is not None
-        if not (peer.takes_strides and has_rope) or _is_gemma_3(cell):
-            return None
+    if cell.op == "modulated_rms_norm" and not peer.modulates:
+        return None
     chain = _CHAINS.get(cell.op)
-    return None if chain is None else partial(chain, peer, cell)
+    return None if chain is None else partial(chain, peer)
 
 
-def _is_gemma_3(cell: Cell) -> bool:
-    """Whether these are heads of Gemma 3, whose offset no peer has for heads of any stride."""
-    rows = (*cell.heads, cell.width)
-    return any(rows == MODELS[model] for model in ("Gemma-3-12B", "Gemma-3-27B"))
-
-
-def _rms_norm(peer: Peer, cell: Cell, x: Tensor, weight: Tensor) -> Results:
+def _rms_norm(peer: Peer, x: Tensor, weight: Tensor) -> Results:
     return (peer.norm(x, weight, 0.0),)
 
 
-def _add_rms_norm(peer: Peer, cell: Cell, x: Tensor, residual: Tensor, weight: Tensor) -> Results:
+def _add_rms_norm(peer: Peer, x: Tensor, residual: Tensor, weight: Tensor) -> Results:
     return peer.add_norm(x, residual, weight, 0.0)
 
 
-def _rms_norm_add(peer: Peer, cell: Cell, x: Tensor, residual: Tensor, weight: Tensor) -> Results:
+def _rms_norm_add(peer: Peer, x: Tensor, residual: Tensor, weight: Tensor) -> Results:
     return (peer.norm(x, weight, 0.0).add_(residual),)
 
 
 def _sandwich(
-    peer: Peer, cell: Cell, x: Tensor, residual: Tensor, weight_1: Tensor, weight_2: Tensor
+    peer: Peer, x: Tensor, residual: Tensor, weight_1: Tensor, weight_2: Tensor
 ) -> Results:
     return peer.add_norm(peer.norm(x, weight_1, 1.0), residual, weight_2, 1.0)
 
 
-def _dual(
-    peer: Peer, cell: Cell, x_1: Tensor, x_2: Tensor, residual: Tensor, *more: Tensor
-) -> Results:
+def _dual(peer: Peer, x_1: Tensor, x_2: Tensor, residual: Tensor, *more: Tensor) -> Results:
     *weights, layer_scalar = more
     first, second = peer.norm(x_1, weights[0], 0.0), peer.norm(x_2, weights[1], 0.0)
     branch, _ = peer.add_norm(first, second, weights[2], 0.0)
@@ -63,31 +51,13 @@ def _dual(
     return (total,) if len(weights) == 3 else (peer.norm(total, weights[3], 0.0), total)
 
 
-def _rms_norms(peer: Peer, cell: Cell, x: Tensor, *weights: Tensor) -> Results:
+def _rms_norms(peer: Peer, x: Tensor, *weights: Tensor) -> Results:
     first, router, second = (peer.norm(x, weight, 0.0) for weight in weights)
     return first, router.mul_(x.shape[-1] ** -0.5), second
 
 
-def _qk_rms_norm(peer: Peer, cell: Cell, qkv: Tensor, *weights: Tensor) -> Results:
-    heads_q, heads_k = cell.heads
-    q, k = (x[0] for x in heads(qkv, heads_q, heads_k, cell.width))
-    ys = [peer.norm(x, weight, 0.0) for x, weight in zip((q, k), weights, strict=True)]
-    return tuple(y.unsqueeze(0).transpose(1, 2) for y in ys)
-
-
-def _qk_rms_norm_rope(
-    peer: Peer,
-    cell: Cell,
-    qkv: Tensor,
-    weight_q: Tensor,
-    weight_k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-) -> Results:
-    """The norms of this peer, and Liger's RoPE, which turns them where they lie."""
-    q, k = _qk_rms_norm(peer, cell, qkv, weight_q, weight_k)
-    turned: Results = import_module("liger_kernel.ops.rope").rope_forward(q, k, cos, sin)[:2]
-    return turned
+def _modulated(peer: Peer, x: Tensor, scale: Tensor, shift: Tensor) -> Results:
+    return (peer.modulated_norm(x, scale, shift),)
 
 
 _CHAINS: dict[str, Callable[..., Results]] = {
@@ -98,6 +68,5 @@ _CHAINS: dict[str, Callable[..., Results]] = {
     "dual_rms_norm_add": _dual,
     "dual_rms_norm_add_rms_norm": _dual,
     "rms_norms": _rms_norms,
-    "qk_rms_norm": _qk_rms_norm,
-    "qk_rms_norm_rope": _qk_rms_norm_rope,
+    "modulated_rms_norm": _modulated,
 }

@@ -10,14 +10,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from normfuse.cli.bench.cells import QK
 from normfuse.cli.bench.compositions import OVERWRITTEN, composition
+from normfuse.cli.bench.heads import Heads, combinations
 from normfuse.cli.bench.peers import Peer
 from normfuse.cli.bench.spellings import EPS, Tensor
-from normfuse.cli.bench.subjects import Subject
+from normfuse.cli.bench.subjects import Subject, norm_of_heads
 from normfuse.ops.lowering import inline_form, kernel_form
 
 OURS, INDUCTOR, MAX_AUTOTUNE, COPY = "normfuse", "Inductor", "Inductor max-autotune", "copy"
 TORCH = "F.rms_norm"
+# Liger's kernels are Triton's, which keeps what it compiles; CuTe and nvcc are not ours to keep.
+CACHED = ("Liger", TORCH)
 # Not rivals: the one is us, the other computes nothing.
 NO_RIVALS = (OURS, COPY)
 
@@ -57,6 +61,9 @@ def contenders(subject: Subject, peers: Sequence[Peer], *, on_gpu: bool) -> list
         rivals.append(Contender(MAX_AUTOTUNE, partial(_compiled, subject, mode, on_gpu)))
     if subject.cell.op == "rms_norm":
         rivals.append(Contender(TORCH, lambda: _functional))
+    if subject.cell.op in QK:
+        _, offset, _ = norm_of_heads(subject.cell, subject.dtype)
+        return [*rivals, *map(_of_heads, combinations(subject.cell, peers, offset))]
     for peer in peers:
         chain = composition(peer, subject.cell)
         if chain is not None:
@@ -100,9 +107,12 @@ def _of_peer(peer: Peer, subject: Subject, chain: Callable[..., Sequence[Tensor]
         adapt = _cloned
     elif peer.folds_offset and subject.cell.op == "rms_norm_add_rms_norm":
         adapt = _with_folded_weights
-    # Liger's kernels are Triton's, which keeps what it compiles; CuTe and nvcc are not ours to keep
-    is_cached = peer.name == "Liger"
-    return Contender(peer.name, lambda: chain, adapt, overwrites, is_cached=is_cached)
+    return Contender(peer.name, lambda: chain, adapt, overwrites, is_cached=peer.name in CACHED)
+
+
+def _of_heads(chain: Heads) -> Contender:
+    is_cached = all(peer is None or peer.name in CACHED for peer in (chain.norm, chain.rope))
+    return Contender(chain.name, lambda: chain, chain.adapt, is_cached=is_cached)
 
 
 def _cloned(operands: Operands) -> Operands:

@@ -98,6 +98,7 @@ class _Stage:
         except Exception as error:
             entry["failure"] = one_line(error)
             self._withdraw(contender.name)
+            self._clock.forget_error()
             return
         entry |= {"error": _number(found.error), "eager_error": found.eager_error}
         entry["failure"] = _verdict(contender, found)

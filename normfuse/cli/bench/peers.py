@@ -12,6 +12,8 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import torch
+
 from normfuse.cli.bench.spellings import EPS, Tensor
 
 
@@ -29,8 +31,11 @@ class Peer(ABC):
     is_in_place = False
     # Whether 1 + weight must be formed beforehand; the time for it is not counted.
     folds_offset = False
-    # Whether the rows of its norm may have strides of their own.
+    # Whether its norm reads heads (T, heads, N) between others; else they must be copied first.
     takes_strides = False
+    # Whether it has `modulated_norm`, and `rope`.
+    modulates = False
+    turns = False
 
     def __init__(self) -> None:
         self._modules = [import_module(f"{self.module}.{stem}") for stem in self.stems]
@@ -44,6 +49,18 @@ class Peer(ABC):
         self, x: Tensor, residual: Tensor, weight: Tensor, offset: float
     ) -> tuple[Tensor, Tensor]:
         """(M, N) twice, (N,) -> the norm of the sum, and the sum."""
+
+    def modulated_norm(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """(B, S, N), (B, 1, N) twice -> (B, S, N)."""
+        raise NotImplementedError
+
+    def tables(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin (1, T, N) -> what `rope` takes of them, formed outside the measured time."""
+        return cos, sin
+
+    def rope(self, q: Tensor, k: Tensor, *tables: Tensor) -> tuple[Tensor, Tensor]:
+        """q and k (T, heads, N), and `tables` -> both turned, where they lie if contiguous."""
+        raise NotImplementedError
 
     @classmethod
     def installed_version(cls) -> str | None:
@@ -61,7 +78,8 @@ class Liger(Peer):
     """liger_kernel.ops, in the casting mode of the model: Llama's, or Gemma's with the offset."""
 
     name, packages, module = "Liger", ("liger-kernel",), "liger_kernel.ops"
-    stems = ("rms_norm", "fused_add_rms_norm")
+    stems = ("rms_norm", "fused_add_rms_norm", "modulated_rms_norm", "rope")
+    modulates = turns = True
 
     def norm(self, x: Tensor, weight: Tensor, offset: float) -> Tensor:
         forward = self._modules[0].rms_norm_forward
@@ -74,6 +92,17 @@ class Liger(Peer):
         forward = self._modules[1].fused_add_rms_norm_forward
         y, total = forward(x, residual, weight, EPS, offset, _mode(offset))[:2]
         return y, total
+
+    def modulated_norm(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        forward = self._modules[2].modulated_rms_norm_forward
+        y: Tensor = forward(x, None, scale, shift, EPS, 0.0, "llama")[0]
+        return y
+
+    def rope(self, q: Tensor, k: Tensor, *tables: Tensor) -> tuple[Tensor, Tensor]:
+        """It reads the left half of cos and sin alone."""
+        heads_first = (x.unsqueeze(0).transpose(1, 2) for x in (q, k))
+        q, k = self._modules[3].rope_forward(*heads_first, *tables)[:2]
+        return q.transpose(1, 2)[0], k.transpose(1, 2)[0]
 
 
 def _mode(offset: float) -> str:
@@ -103,9 +132,9 @@ class FlashInfer(Peer):
     """flashinfer.norm; the norm of a sum writes the norm over x and the sum over the residual."""
 
     name, packages, module = "FlashInfer", ("flashinfer-python",), "flashinfer"
-    stems = ("norm",)
+    stems = ("norm", "rope")
     is_in_place = True
-    takes_strides = True
+    takes_strides = turns = True
 
     def norm(self, x: Tensor, weight: Tensor, offset: float) -> Tensor:
         function = self._modules[0].gemma_rmsnorm if offset else self._modules[0].rmsnorm
@@ -120,9 +149,24 @@ class FlashInfer(Peer):
         function(x, residual, weight, EPS)
         return x, residual
 
+    def tables(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions, and for each the left halves of cos and sin side by side, in float32."""
+        half = cos.shape[-1] // 2
+        cache = torch.cat((cos[0, :, :half], sin[0, :, :half]), dim=-1).float()
+        return torch.arange(cos.shape[1], dtype=torch.int32, device=cos.device), cache
+
+    def rope(self, q: Tensor, k: Tensor, *tables: Tensor) -> tuple[Tensor, Tensor]:
+        positions, cache = tables
+        q, k = q.contiguous(), k.contiguous()
+        flat = q.flatten(1), k.flatten(1)
+        turn = self._modules[1].apply_rope_with_cos_sin_cache_inplace
+        turn(positions, *flat, q.shape[-1], cache, is_neox=True)
+        return q, k
+
     def build(self) -> None:
         """Compiles its CUDA sources, or finds them compiled."""
         self._modules[0].get_norm_module()
+        self._modules[1].get_rope_module()
 
 
 PEERS: tuple[type[Peer], ...] = (Liger, Quack, FlashInfer)

@@ -11,6 +11,7 @@ from normfuse.cli.bench.contenders import COPY, INDUCTOR, MAX_AUTOTUNE, OURS, TO
 
 Record = dict[str, Any]
 
+COMPOSITION = "best composition"  # of the contenders that are called "A + B"
 # Okabe and Ito's colours, told apart by colour-blind eyes too, and a marker for each.
 STYLES = {
     OURS: ("#000000", "o"),
@@ -20,6 +21,7 @@ STYLES = {
     "Liger": ("#E69F00", "D"),
     "QuACK": ("#D55E00", "P"),
     "FlashInfer": ("#CC79A7", "X"),
+    COMPOSITION: ("#F0E442", "*"),
     COPY: ("#999999", "."),
 }
 COLUMNS = 4
@@ -86,7 +88,7 @@ def _draw_panel(axes: Any, title: str, cells: list[Record], ceiling_gb_s: float)
         points = [
             (cell["rows"], cell["bytes"] / ceiling_gb_s / 1000 / us)
             for cell in cells
-            if (us := cell["contenders"].get(name, {}).get("cold_us"))
+            if (us := cold_us(cell, name))
         ]
         if not points:
             continue
@@ -102,3 +104,12 @@ def _draw_panel(axes: Any, title: str, cells: list[Record], ceiling_gb_s: float)
     axes.grid(alpha=0.3)
     axes.tick_params(labelsize=7)
     return handles
+
+
+def cold_us(cell: Record, name: str) -> float | None:
+    """The time of a contender, or of the fastest composition; None if it has none."""
+    names = [name]
+    if name == COMPOSITION:
+        names = [other for other in cell["contenders"] if " + " in other]
+    times = (cell["contenders"].get(one, {}).get("cold_us") for one in names)
+    return min((us for us in times if us), default=None)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import platform
 import subprocess
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ def environment(command: str) -> Record:
     is_cuda = torch.cuda.is_available()
     return {
         "command": command,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "gpu": torch.cuda.get_device_name() if is_cuda else None,
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
@@ -56,6 +58,21 @@ def _digest() -> str:
     for path in sorted((SOURCES / "ops").rglob("*.py")):
         digest.update(path.relative_to(SOURCES).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+# What two runs must have in common for their cells to stand in one record.
+SAME = ("gpu", "cuda", "torch", "triton", "sources")
+
+
+def differences(old: Record, new: Record) -> list[str]:
+    """What two records may not differ in but do, as sentences."""
+    pairs = [
+        *((name, old["environment"].get(name), new["environment"].get(name)) for name in SAME),
+        ("dry_run", old["dry_run"], new["dry_run"]),
+    ]
+    before, now = old["peers"]["versions"], new["peers"]["versions"]
+    pairs += [(name, before.get(name), now.get(name)) for name in {**before, **now}]
+    return [f"{name} was {one}, is {other}" for name, one, other in pairs if one != other]
 
 
 def write(record: Record, path: Path) -> None:

@@ -68,8 +68,9 @@ class Subject:
     ) -> Tensor:
         if kind == "weight":
             value = torch.rand(shape, device=device) + centre - 0.5
-        elif kind == "table":  # cos and sin
-            value = torch.rand(shape, device=device) * 2 - 1
+        elif kind == "table":  # cos or sin: two equal halves, of which other libraries read one
+            half = torch.rand(*shape[:-1], shape[-1] // 2, device=device) * 2 - 1
+            value = torch.cat((half, half), dim=-1)
         else:
             value = torch.randn(shape, device=device, dtype=self.dtype)
         return value.to(self.dtype)
@@ -283,7 +284,7 @@ def _qk(cell: Cell) -> Subject:
     dtype = DTYPES[cell.dtype]
     heads_q, heads_k = cell.heads
     split = partial(spellings.heads, heads_q=heads_q, heads_k=heads_k, width=cell.width)
-    norm, offset, plan = _norm_of_heads(cell, dtype)
+    norm, offset, plan = norm_of_heads(cell, dtype)
     turns = cell.op == "qk_rms_norm_rope"
     rotation = str(Rotation("half", cell.width, dtype, dtype))
     numbers = ([EPS] * 2, [offset] * 2, [plan] * 2)
@@ -320,7 +321,7 @@ def _qk(cell: Cell) -> Subject:
     )
 
 
-def _norm_of_heads(cell: Cell, dtype: torch.dtype) -> tuple[spellings.Norm, float, str]:
+def norm_of_heads(cell: Cell, dtype: torch.dtype) -> tuple[spellings.Norm, float, str]:
     """The norm of the model with these heads: its spelling, offset and plan."""
     model = next(name for name, heads in MODELS.items() if heads == (*cell.heads, cell.width))
     if model.startswith("Qwen"):

@@ -129,6 +129,9 @@ class Clock(Protocol):
     def synchronize(self) -> None:
         """Waits for the device, and raises what went wrong there."""
 
+    def forget_error(self) -> None:
+        """Forgets a launch that was refused: the next launch would report it as its own."""
+
 
 class CudaClock:
     """The GPU."""
@@ -194,6 +197,10 @@ class CudaClock:
     def synchronize(self) -> None:
         torch.cuda.synchronize()
 
+    def forget_error(self) -> None:
+        with suppress(Exception):  # torch asks for the last error, raises it, and CUDA forgets it
+            self._sum.zero_()
+
     def copy_gb_s(self, num_bytes: int = 2**30) -> float:
         """GB/s, read and written, of the fastest copy of so many bytes: the ceiling of everything.
 
@@ -247,6 +254,9 @@ class DryClock:
         return [1.0 + index / 100 for index in range(count)]
 
     def synchronize(self) -> None:
+        pass
+
+    def forget_error(self) -> None:
         pass
 
     def copy_gb_s(self) -> float:

@@ -23,10 +23,13 @@ import triton
 import triton.language as tl
 
 from normfuse.ops.kernels.chunks import (
+    STAGES,
     fenced,
     load_tiles,
+    load_weights,
     narrowed,
     num_tiles,
+    num_tiles_read,
     row_of,
     says,
     store_tile,
@@ -39,6 +42,7 @@ from normfuse.ops.kernels.row import (
     residual_sum,
     root_of,
     row_index,
+    row_of_tile,
     squares,
     step,
     store_inverse_root,
@@ -78,9 +82,73 @@ def _total(
     TOTAL_SCALE: tl.constexpr,
     SUM: tl.constexpr,
 ):
-    x = tile_at(xs, x_ptr, is_row, index, N, BLOCK, READS, "held")
-    residual = tile_at(residuals, residual_ptr, is_row, index, N, BLOCK, READS, "held")
+    x = tile_at(xs, x_ptr, is_row, index, N, BLOCK, READS, "early")
+    residual = tile_at(residuals, residual_ptr, is_row, index, N, BLOCK, READS, "early")
     return residual_sum(x, residual, branch_scale, total_scale, BRANCH_SCALE, TOTAL_SCALE, SUM)
+
+
+@triton.jit
+def _norm_rows(
+    row,
+    weights,
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    branch_scale_ptr,
+    total_scale_ptr,
+    y_ptr,
+    total_ptr,
+    rstd_ptr,
+    num_rows,
+    stride_x_row,
+    stride_residual_row,
+    N: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    READS: tl.constexpr,
+    BRANCH_SCALE: tl.constexpr,
+    TOTAL_SCALE: tl.constexpr,
+    SUM: tl.constexpr,
+    EPS: tl.constexpr,
+    OFFSET: tl.constexpr,
+    PLAN: tl.constexpr,
+):
+    is_row = row < num_rows
+    x_ptr += row * stride_x_row
+    residual_ptr += row * stride_residual_row
+    y_ptr += row * N
+    total_ptr = row_of(total_ptr, row, N)
+    weight_ptr = row_of(weight_ptr, row, 0)
+    xs = load_tiles(x_ptr, is_row, N, BLOCK, READS, "early")
+    residuals = load_tiles(residual_ptr, is_row, N, BLOCK, READS, "early")
+    if not says(READS, "looped"):
+        weights = load_tiles(weight_ptr, None, N, BLOCK, READS, "ahead")
+    branch_scale = load_scale(branch_scale_ptr)
+    total_scale = load_scale(total_scale_ptr)
+    sums = zero_sums(ROWS, BLOCK, PLAN)
+    totals = ()
+    for index in tl.static_range(num_tiles(N, BLOCK)):
+        total = _total(
+            xs, residuals, x_ptr, residual_ptr, branch_scale, total_scale, is_row, index,
+            N, BLOCK, READS, BRANCH_SCALE, TOTAL_SCALE, SUM,
+        )  # fmt: skip
+        store_tile(total_ptr, total, is_row, index, N, BLOCK, READS)
+        totals = totals + (narrowed(total, step(SUM, "total")),)
+        sums += squares(total, PLAN)
+    root = root_of(sums, None, N, EPS, PLAN)
+    totals, weights = fenced(totals, READS), fenced(weights, READS)
+    for index in tl.static_range(num_tiles(N, BLOCK)):
+        if index < num_tiles_read(N, BLOCK, READS, "held"):
+            total = widened(totals[index])
+        else:
+            total = _total(
+                xs, residuals, x_ptr, residual_ptr, branch_scale, total_scale, is_row, index,
+                N, BLOCK, READS, BRANCH_SCALE, TOTAL_SCALE, SUM,
+            )  # fmt: skip
+        weight = tile_at(weights, weight_ptr, None, index, N, BLOCK, READS, "ahead")
+        y = normalised(total, root, weight, OFFSET, PLAN, False)
+        store_tile(y_ptr, y, is_row, index, N, BLOCK, READS)
+    store_inverse_root(rstd_ptr, root, row, num_rows, PLAN)
 
 
 @triton.jit
@@ -107,42 +175,23 @@ def add_rms_norm_kernel(
     OFFSET: tl.constexpr,
     PLAN: tl.constexpr,
 ):
-    row = row_index(ROWS)
-    is_row = row < num_rows
-    x_ptr += row * stride_x_row
-    residual_ptr += row * stride_residual_row
-    y_ptr += row * N
-    total_ptr = row_of(total_ptr, row, N)
-    weight_ptr = row_of(weight_ptr, row, 0)
-    xs = load_tiles(x_ptr, is_row, N, BLOCK, READS, "held")
-    residuals = load_tiles(residual_ptr, is_row, N, BLOCK, READS, "held")
-    weights = load_tiles(weight_ptr, None, N, BLOCK, READS, "ahead")
-    branch_scale = load_scale(branch_scale_ptr)
-    total_scale = load_scale(total_scale_ptr)
-    sums = zero_sums(ROWS, BLOCK, PLAN)
-    totals = ()
-    for index in tl.static_range(num_tiles(N, BLOCK)):
-        total = _total(
-            xs, residuals, x_ptr, residual_ptr, branch_scale, total_scale, is_row, index,
-            N, BLOCK, READS, BRANCH_SCALE, TOTAL_SCALE, SUM,
-        )  # fmt: skip
-        store_tile(total_ptr, total, is_row, index, N, BLOCK)
-        totals = totals + (narrowed(total, step(SUM, "total")),)
-        sums += squares(total, PLAN)
-    root = root_of(sums, None, N, EPS, PLAN)
-    totals, weights = fenced(totals, READS), fenced(weights, READS)
-    for index in tl.static_range(num_tiles(N, BLOCK)):
-        if says(READS, "held"):
-            total = widened(totals[index])
-        else:
-            total = _total(
-                xs, residuals, x_ptr, residual_ptr, branch_scale, total_scale, is_row, index,
-                N, BLOCK, READS, BRANCH_SCALE, TOTAL_SCALE, SUM,
+    if says(READS, "looped"):
+        weights = load_weights(weight_ptr, N, ROWS, BLOCK, READS)
+        tiles = tl.cdiv(num_rows, ROWS)
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
+            row = row_of_tile(tile, ROWS)
+            _norm_rows(
+                row, weights, x_ptr, residual_ptr, weight_ptr, branch_scale_ptr, total_scale_ptr,
+                y_ptr, total_ptr, rstd_ptr, num_rows, stride_x_row, stride_residual_row,
+                N, ROWS, BLOCK, READS, BRANCH_SCALE, TOTAL_SCALE, SUM, EPS, OFFSET, PLAN,
             )  # fmt: skip
-        weight = tile_at(weights, weight_ptr, None, index, N, BLOCK, READS, "ahead")
-        y = normalised(total, root, weight, OFFSET, PLAN, False)
-        store_tile(y_ptr, y, is_row, index, N, BLOCK)
-    store_inverse_root(rstd_ptr, root, row, num_rows, PLAN)
+    else:
+        _norm_rows(
+            row_index(ROWS), (), x_ptr, residual_ptr, weight_ptr, branch_scale_ptr,
+            total_scale_ptr, y_ptr, total_ptr, rstd_ptr, num_rows, stride_x_row,
+            stride_residual_row, N, ROWS, BLOCK, READS, BRANCH_SCALE, TOTAL_SCALE, SUM,
+            EPS, OFFSET, PLAN,
+        )  # fmt: skip
 
 
 def launch(

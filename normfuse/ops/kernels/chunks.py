@@ -3,15 +3,23 @@
 READS says how a program reads its rows, as words of one constant (`tile.Launch.constants`):
 
     held        a row stays in registers until its results are made of it; else it is read again
+    half        its first half does, and the rest is read again
     ahead       what the last step needs (weights, the residual) is asked for before the statistic
+    beside      of these, only the residual
     streamed    rows are read once: they leave the caches first
+    flushed     results are not read here: they leave the caches first, too
+    late        two rows of which only the sum is held are read tile by tile as it is made
+    looped      a program takes row after row, and asks for the next before it is done with one;
+                goes with "ahead held": weights that the loop reads would take up shared memory
     cuda, hip   the GPU for which `fenced` is written; neither for the interpreter
 """
 
 import triton
 import triton.language as tl
 
-from normfuse.ops.kernels.row import widened
+from normfuse.ops.kernels.row import row_index, widened
+
+STAGES = tl.constexpr(2)  # of a loop over rows: one row is worked on, and the next is on its way
 
 
 @triton.constexpr_function
@@ -24,6 +32,23 @@ def says(READS, word):
 def num_tiles(N, BLOCK):
     """How many tiles a row of N elements takes."""
     return (N + BLOCK - 1) // BLOCK
+
+
+@triton.constexpr_function
+def num_tiles_read(N, BLOCK, READS, WHEN):
+    """How many tiles of a row are read before the first step.
+
+    WHEN says of what: "held" a row, "early" one of two of which only the sum is held, "beside" a
+    residual, "ahead" a weight.
+    """
+    count, words = num_tiles(N, BLOCK), READS.split()
+    if WHEN == "held" and "half" in words:
+        return count // 2
+    if WHEN == "early":
+        return count if "held" in words and "late" not in words else 0
+    if WHEN == "beside":
+        return count if "ahead" in words or "beside" in words else 0
+    return count if WHEN in words else 0
 
 
 @triton.jit
@@ -62,13 +87,20 @@ def load_tile(ptr, is_row, index, N: tl.constexpr, BLOCK: tl.constexpr, READS: t
 def load_tiles(
     ptr, is_row, N: tl.constexpr, BLOCK: tl.constexpr, READS: tl.constexpr, WHEN: tl.constexpr
 ):
-    """The tiles of a row if READS says WHEN they are read; else (), and `tile_at` reads them."""
+    """The tiles of a row that are read WHEN READS says; `tile_at` reads the others."""
     tiles = ()
     if ptr is not None:
-        if says(READS, WHEN):
-            for index in tl.static_range(num_tiles(N, BLOCK)):
-                tiles = tiles + (load_tile(ptr, is_row, index, N, BLOCK, READS),)
+        for index in tl.static_range(num_tiles_read(N, BLOCK, READS, WHEN)):
+            tiles = tiles + (load_tile(ptr, is_row, index, N, BLOCK, READS),)
     return tiles
+
+
+@triton.jit
+def load_weights(
+    ptr, N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, READS: tl.constexpr
+):
+    """`load_tiles` of a weight in front of a loop over rows, in the layout of the rows."""
+    return load_tiles(row_of(ptr, row_index(ROWS), 0), None, N, BLOCK, READS, "ahead")
 
 
 @triton.jit
@@ -82,9 +114,14 @@ def tile_at(
     READS: tl.constexpr,
     WHEN: tl.constexpr,
 ):
-    """A tile that `load_tiles` holds, or reads now; held in float64 or float32."""
+    """A tile that `load_tiles` holds, or reads now; held in float64 or float32.
+
+    `index` may be a value of the run time where no tile is held.
+    """
     if ptr is not None:
-        if says(READS, WHEN):
+        if len(tiles) == 0:
+            tile = load_tile(ptr, is_row, index, N, BLOCK, READS)
+        elif index < len(tiles):
             tile = tiles[index]
         else:
             tile = load_tile(ptr, is_row, index, N, BLOCK, READS)
@@ -106,7 +143,7 @@ def fenced(tiles, READS: tl.constexpr):
     """The same tiles, in the compiler's eyes others.
 
     It would keep the float32 forms of 16-bit tiles between two uses, in twice the registers, to
-    save itself the second conversion.
+    save itself the second conversion. Those of weights it would move in front of a loop over rows.
     """
     result = ()
     for index in tl.static_range(len(tiles)):
@@ -117,13 +154,14 @@ def fenced(tiles, READS: tl.constexpr):
 @triton.jit
 def _fenced(tile, READS: tl.constexpr):
     if tile.dtype.primitive_bitwidth == 16:
+        IS_PURE: tl.constexpr = not says(READS, "looped")
         if says(READS, "cuda"):
             tile = tl.inline_asm_elementwise(
-                "mov.b32 $0, $1;", "=r,r", [tile], dtype=tile.dtype, is_pure=True, pack=2
+                "mov.b32 $0, $1;", "=r,r", [tile], dtype=tile.dtype, is_pure=IS_PURE, pack=2
             )
         if says(READS, "hip"):
             tile = tl.inline_asm_elementwise(
-                "v_mov_b32 $0, $1", "=v,v", [tile], dtype=tile.dtype, is_pure=True, pack=2
+                "v_mov_b32 $0, $1", "=v,v", [tile], dtype=tile.dtype, is_pure=IS_PURE, pack=2
             )
     return tile
 
@@ -136,8 +174,10 @@ def store_tile(
     index,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
+    READS: tl.constexpr,
 ):
     """Stores a tile where a result is asked for."""
     if ptr is not None:
         cols = columns(index, BLOCK)
-        tl.store(ptr + cols, value, mask=is_row & (cols < N))
+        POLICY: tl.constexpr = "evict_first" if says(READS, "flushed") else ""
+        tl.store(ptr + cols, value, mask=is_row & (cols < N), eviction_policy=POLICY)

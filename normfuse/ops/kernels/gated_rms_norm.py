@@ -112,7 +112,7 @@ def _store_result(
     if not GATE_FIRST:
         gate = tile_at(gates, gate_ptr, is_row, index, N, BLOCK, READS, "ahead")
         y = gated(y, gate, GATING)
-    store_tile(y_ptr, y, is_row, index, N, BLOCK)
+    store_tile(y_ptr, y, is_row, index, N, BLOCK, READS)
 
 
 @triton.jit

@@ -128,7 +128,7 @@ def modulated_rms_norm_kernel(
         scale = tile_at(scales, scale_ptr, is_row, index, N, BLOCK, READS, "ahead")
         shift = tile_at(shifts, shift_ptr, is_row, index, N, BLOCK, READS, "ahead")
         y = modulated(y, scale, shift, SCALE_OFFSET, MODULATION)
-        store_tile(y_ptr, y, is_row, index, N, BLOCK)
+        store_tile(y_ptr, y, is_row, index, N, BLOCK, READS)
     store_inverse_root(rstd_ptr, root, row, num_rows, PLAN)
 
 

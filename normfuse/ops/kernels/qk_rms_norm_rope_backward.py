@@ -24,12 +24,11 @@ import triton
 import triton.language as tl
 
 from normfuse.ops.kernels import rms_norm_backward
-from normfuse.ops.kernels.row import row_start, step
+from normfuse.ops.kernels.row import row_of_tile, row_start, step
 from normfuse.ops.kernels.row_backward import (
     load_weight,
     load_wide,
     norm_gradient,
-    row_of_tile,
     weighted,
     wide_type,
     zeros,

@@ -80,7 +80,7 @@ def rms_norm_add_kernel(
     total_ptr += row * N
     weight_ptr = row_of(weight_ptr, row, 0)
     xs = load_tiles(x_ptr, is_row, N, BLOCK, READS, "held")
-    residuals = load_tiles(residual_ptr, is_row, N, BLOCK, READS, "ahead")
+    residuals = load_tiles(residual_ptr, is_row, N, BLOCK, READS, "beside")
     weights = load_tiles(weight_ptr, None, N, BLOCK, READS, "ahead")
     branch_scale = load_scale(branch_scale_ptr)
     total_scale = load_scale(total_scale_ptr)
@@ -94,11 +94,11 @@ def rms_norm_add_kernel(
         x = tile_at(xs, x_ptr, is_row, index, N, BLOCK, READS, "held")
         weight = tile_at(weights, weight_ptr, None, index, N, BLOCK, READS, "ahead")
         branch = normalised(x, root, weight, OFFSET, PLAN, True)
-        residual = tile_at(residuals, residual_ptr, is_row, index, N, BLOCK, READS, "ahead")
+        residual = tile_at(residuals, residual_ptr, is_row, index, N, BLOCK, READS, "beside")
         total = residual_sum(
             branch, residual, branch_scale, total_scale, BRANCH_SCALE, TOTAL_SCALE, SUM
         )
-        store_tile(total_ptr, total, is_row, index, N, BLOCK)
+        store_tile(total_ptr, total, is_row, index, N, BLOCK, READS)
     store_inverse_root(rstd_ptr, root, row, num_rows, PLAN)
 
 

@@ -26,10 +26,13 @@ import triton
 import triton.language as tl
 
 from normfuse.ops.kernels.chunks import (
+    STAGES,
     fenced,
     load_tiles,
+    load_weights,
     narrowed,
     num_tiles,
+    num_tiles_read,
     row_of,
     says,
     store_tile,
@@ -42,6 +45,7 @@ from normfuse.ops.kernels.row import (
     residual_sum,
     root_of,
     row_index,
+    row_of_tile,
     squares,
     step,
     store_inverse_root,
@@ -89,8 +93,115 @@ def _total(
     x = tile_at(xs, x_ptr, is_row, index, N, BLOCK, READS, "held")
     weight = tile_at(weights, weight_ptr, None, index, N, BLOCK, READS, "ahead")
     branch = normalised(x, root, weight, OFFSET, PLAN, True)
-    residual = tile_at(residuals, residual_ptr, is_row, index, N, BLOCK, READS, "ahead")
+    residual = tile_at(residuals, residual_ptr, is_row, index, N, BLOCK, READS, "beside")
     return residual_sum(branch, residual, branch_scale, total_scale, BRANCH_SCALE, TOTAL_SCALE, SUM)
+
+
+@triton.jit
+def _norm_rows(
+    row,
+    weights_1,
+    weights_2,
+    x_ptr,
+    residual_ptr,
+    weight_1_ptr,
+    weight_2_ptr,
+    branch_scale_ptr,
+    total_scale_ptr,
+    y_ptr,
+    total_ptr,
+    rstd_1_ptr,
+    rstd_2_ptr,
+    num_rows,
+    stride_x_row,
+    stride_residual_row,
+    N: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    READS: tl.constexpr,
+    BRANCH_SCALE: tl.constexpr,
+    TOTAL_SCALE: tl.constexpr,
+    SUM: tl.constexpr,
+    EPS_1: tl.constexpr,
+    OFFSET_1: tl.constexpr,
+    PLAN_1: tl.constexpr,
+    EPS_2: tl.constexpr,
+    OFFSET_2: tl.constexpr,
+    PLAN_2: tl.constexpr,
+):
+    is_row = row < num_rows
+    x_ptr += row * stride_x_row
+    residual_ptr += row * stride_residual_row
+    y_ptr += row * N
+    total_ptr = row_of(total_ptr, row, N)
+    weight_1_ptr = row_of(weight_1_ptr, row, 0)
+    weight_2_ptr = row_of(weight_2_ptr, row, 0)
+    xs = load_tiles(x_ptr, is_row, N, BLOCK, READS, "held")
+    residuals = load_tiles(residual_ptr, is_row, N, BLOCK, READS, "beside")
+    if not says(READS, "looped"):
+        weights_1 = load_tiles(weight_1_ptr, None, N, BLOCK, READS, "ahead")
+        weights_2 = load_tiles(weight_2_ptr, None, N, BLOCK, READS, "ahead")
+    branch_scale = load_scale(branch_scale_ptr)
+    total_scale = load_scale(total_scale_ptr)
+    sums_1 = zero_sums(ROWS, BLOCK, PLAN_1)
+    if num_tiles_read(N, BLOCK, READS, "held") > 0:
+        for index in tl.static_range(num_tiles(N, BLOCK)):
+            x = tile_at(xs, x_ptr, is_row, index, N, BLOCK, READS, "held")
+            sums_1 += squares(x, PLAN_1)
+        root_1 = root_of(sums_1, None, N, EPS_1, PLAN_1)
+        xs, residuals = fenced(xs, READS), fenced(residuals, READS)
+        weights_1, weights_2 = fenced(weights_1, READS), fenced(weights_2, READS)
+        sums_2 = zero_sums(ROWS, BLOCK, PLAN_2)
+        totals = ()
+        for index in tl.static_range(num_tiles(N, BLOCK)):
+            total = _total(
+                xs, residuals, weights_1, x_ptr, residual_ptr, weight_1_ptr,
+                root_1, branch_scale, total_scale, is_row, index,
+                N, BLOCK, READS, BRANCH_SCALE, TOTAL_SCALE, SUM, OFFSET_1, PLAN_1,
+            )  # fmt: skip
+            store_tile(total_ptr, total, is_row, index, N, BLOCK, READS)
+            totals = totals + (narrowed(total, step(SUM, "total")),)
+            sums_2 += squares(total, PLAN_2)
+        root_2 = root_of(sums_2, None, N, EPS_2, PLAN_2)
+        totals = fenced(totals, READS)
+        for index in tl.static_range(num_tiles(N, BLOCK)):
+            weight_2 = tile_at(weights_2, weight_2_ptr, None, index, N, BLOCK, READS, "ahead")
+            if index < num_tiles_read(N, BLOCK, READS, "held"):
+                total = widened(totals[index])
+            else:
+                total = _total(
+                    xs, residuals, weights_1, x_ptr, residual_ptr, weight_1_ptr,
+                    root_1, branch_scale, total_scale, is_row, index,
+                    N, BLOCK, READS, BRANCH_SCALE, TOTAL_SCALE, SUM, OFFSET_1, PLAN_1,
+                )  # fmt: skip
+            y = normalised(total, root_2, weight_2, OFFSET_2, PLAN_2, False)
+            store_tile(y_ptr, y, is_row, index, N, BLOCK, READS)
+    else:  # a loop at run time: unrolled, so many tiles would run out of registers
+        for index in range(num_tiles(N, BLOCK)):
+            x = tile_at(xs, x_ptr, is_row, index, N, BLOCK, READS, "held")
+            sums_1 += squares(x, PLAN_1)
+        root_1 = root_of(sums_1, None, N, EPS_1, PLAN_1)
+        sums_2 = zero_sums(ROWS, BLOCK, PLAN_2)
+        for index in range(num_tiles(N, BLOCK)):
+            total = _total(
+                xs, residuals, weights_1, x_ptr, residual_ptr, weight_1_ptr,
+                root_1, branch_scale, total_scale, is_row, index,
+                N, BLOCK, READS, BRANCH_SCALE, TOTAL_SCALE, SUM, OFFSET_1, PLAN_1,
+            )  # fmt: skip
+            sums_2 += squares(total, PLAN_2)
+        root_2 = root_of(sums_2, None, N, EPS_2, PLAN_2)
+        for index in range(num_tiles(N, BLOCK)):
+            total = _total(
+                xs, residuals, weights_1, x_ptr, residual_ptr, weight_1_ptr,
+                root_1, branch_scale, total_scale, is_row, index,
+                N, BLOCK, READS, BRANCH_SCALE, TOTAL_SCALE, SUM, OFFSET_1, PLAN_1,
+            )  # fmt: skip
+            store_tile(total_ptr, total, is_row, index, N, BLOCK, READS)
+            weight_2 = tile_at(weights_2, weight_2_ptr, None, index, N, BLOCK, READS, "ahead")
+            y = normalised(total, root_2, weight_2, OFFSET_2, PLAN_2, False)
+            store_tile(y_ptr, y, is_row, index, N, BLOCK, READS)
+    store_inverse_root(rstd_1_ptr, root_1, row, num_rows, PLAN_1)
+    store_inverse_root(rstd_2_ptr, root_2, row, num_rows, PLAN_2)
 
 
 @triton.jit
@@ -122,70 +233,27 @@ def rms_norm_add_rms_norm_kernel(
     OFFSET_2: tl.constexpr,
     PLAN_2: tl.constexpr,
 ):
-    row = row_index(ROWS)
-    is_row = row < num_rows
-    x_ptr += row * stride_x_row
-    residual_ptr += row * stride_residual_row
-    y_ptr += row * N
-    total_ptr = row_of(total_ptr, row, N)
-    weight_1_ptr = row_of(weight_1_ptr, row, 0)
-    weight_2_ptr = row_of(weight_2_ptr, row, 0)
-    xs = load_tiles(x_ptr, is_row, N, BLOCK, READS, "held")
-    residuals = load_tiles(residual_ptr, is_row, N, BLOCK, READS, "ahead")
-    weights_1 = load_tiles(weight_1_ptr, None, N, BLOCK, READS, "ahead")
-    weights_2 = load_tiles(weight_2_ptr, None, N, BLOCK, READS, "ahead")
-    branch_scale = load_scale(branch_scale_ptr)
-    total_scale = load_scale(total_scale_ptr)
-    sums_1 = zero_sums(ROWS, BLOCK, PLAN_1)
-    if says(READS, "held"):
-        for index in tl.static_range(num_tiles(N, BLOCK)):
-            sums_1 += squares(widened(xs[index]), PLAN_1)
-        root_1 = root_of(sums_1, None, N, EPS_1, PLAN_1)
-        xs, residuals = fenced(xs, READS), fenced(residuals, READS)
-        weights_1, weights_2 = fenced(weights_1, READS), fenced(weights_2, READS)
-        sums_2 = zero_sums(ROWS, BLOCK, PLAN_2)
-        totals = ()
-        for index in tl.static_range(num_tiles(N, BLOCK)):
-            total = _total(
-                xs, residuals, weights_1, x_ptr, residual_ptr, weight_1_ptr,
-                root_1, branch_scale, total_scale, is_row, index,
-                N, BLOCK, READS, BRANCH_SCALE, TOTAL_SCALE, SUM, OFFSET_1, PLAN_1,
+    if says(READS, "looped"):
+        weights_1 = load_weights(weight_1_ptr, N, ROWS, BLOCK, READS)
+        weights_2 = load_weights(weight_2_ptr, N, ROWS, BLOCK, READS)
+        tiles = tl.cdiv(num_rows, ROWS)
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
+            row = row_of_tile(tile, ROWS)
+            _norm_rows(
+                row, weights_1, weights_2, x_ptr, residual_ptr, weight_1_ptr, weight_2_ptr,
+                branch_scale_ptr, total_scale_ptr, y_ptr, total_ptr, rstd_1_ptr, rstd_2_ptr,
+                num_rows, stride_x_row, stride_residual_row,
+                N, ROWS, BLOCK, READS, BRANCH_SCALE, TOTAL_SCALE, SUM, EPS_1, OFFSET_1, PLAN_1,
+                EPS_2, OFFSET_2, PLAN_2,
             )  # fmt: skip
-            store_tile(total_ptr, total, is_row, index, N, BLOCK)
-            totals = totals + (narrowed(total, step(SUM, "total")),)
-            sums_2 += squares(total, PLAN_2)
-        root_2 = root_of(sums_2, None, N, EPS_2, PLAN_2)
-        totals = fenced(totals, READS)
-        for index in tl.static_range(num_tiles(N, BLOCK)):
-            weight_2 = tile_at(weights_2, weight_2_ptr, None, index, N, BLOCK, READS, "ahead")
-            y = normalised(widened(totals[index]), root_2, weight_2, OFFSET_2, PLAN_2, False)
-            store_tile(y_ptr, y, is_row, index, N, BLOCK)
-    else:  # a loop at run time: unrolled, so many tiles would run out of registers
-        for index in range(num_tiles(N, BLOCK)):
-            x = tile_at(xs, x_ptr, is_row, index, N, BLOCK, READS, "held")
-            sums_1 += squares(x, PLAN_1)
-        root_1 = root_of(sums_1, None, N, EPS_1, PLAN_1)
-        sums_2 = zero_sums(ROWS, BLOCK, PLAN_2)
-        for index in range(num_tiles(N, BLOCK)):
-            total = _total(
-                xs, residuals, weights_1, x_ptr, residual_ptr, weight_1_ptr,
-                root_1, branch_scale, total_scale, is_row, index,
-                N, BLOCK, READS, BRANCH_SCALE, TOTAL_SCALE, SUM, OFFSET_1, PLAN_1,
-            )  # fmt: skip
-            sums_2 += squares(total, PLAN_2)
-        root_2 = root_of(sums_2, None, N, EPS_2, PLAN_2)
-        for index in range(num_tiles(N, BLOCK)):
-            total = _total(
-                xs, residuals, weights_1, x_ptr, residual_ptr, weight_1_ptr,
-                root_1, branch_scale, total_scale, is_row, index,
-                N, BLOCK, READS, BRANCH_SCALE, TOTAL_SCALE, SUM, OFFSET_1, PLAN_1,
-            )  # fmt: skip
-            store_tile(total_ptr, total, is_row, index, N, BLOCK)
-            weight_2 = tile_at(weights_2, weight_2_ptr, None, index, N, BLOCK, READS, "ahead")
-            y = normalised(total, root_2, weight_2, OFFSET_2, PLAN_2, False)
-            store_tile(y_ptr, y, is_row, index, N, BLOCK)
-    store_inverse_root(rstd_1_ptr, root_1, row, num_rows, PLAN_1)
-    store_inverse_root(rstd_2_ptr, root_2, row, num_rows, PLAN_2)
+    else:
+        _norm_rows(
+            row_index(ROWS), (), (), x_ptr, residual_ptr, weight_1_ptr, weight_2_ptr,
+            branch_scale_ptr, total_scale_ptr, y_ptr, total_ptr, rstd_1_ptr, rstd_2_ptr, num_rows,
+            stride_x_row, stride_residual_row,
+            N, ROWS, BLOCK, READS, BRANCH_SCALE, TOTAL_SCALE, SUM, EPS_1, OFFSET_1, PLAN_1, EPS_2,
+            OFFSET_2, PLAN_2,
+        )  # fmt: skip
 
 
 def launch(

@@ -22,13 +22,13 @@ import triton
 import triton.language as tl
 
 from normfuse.ops.kernels.constants import NAMES
+from normfuse.ops.kernels.row import row_of_tile
 from normfuse.ops.kernels.row_backward import (
     load_rstd,
     load_scale,
     load_weight,
     load_wide,
     norm_gradient,
-    row_of_tile,
     store_partial,
     weighted,
     wide_type,

@@ -21,12 +21,12 @@ import triton
 import triton.language as tl
 
 from normfuse.ops.kernels.constants import NAMES
+from normfuse.ops.kernels.row import row_of_tile
 from normfuse.ops.kernels.row_backward import (
     load_rstd,
     load_scale,
     load_weight,
     mean_of,
-    row_of_tile,
     store_gradients,
     store_partial,
     weighted,

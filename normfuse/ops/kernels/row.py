@@ -108,6 +108,12 @@ def row_index(ROWS: tl.constexpr):
 
 
 @triton.jit
+def row_of_tile(tile, ROWS: tl.constexpr):
+    """`row_index` for a program that takes several tiles of rows."""
+    return (tile * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
+
+
+@triton.jit
 def squares(x, PLAN: tl.constexpr):
     """What the statistic sums: the squares of a tile, as `x.to(compute).pow(2)`."""
     COMPUTE: tl.constexpr = step(PLAN, "compute")

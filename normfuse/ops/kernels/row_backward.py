@@ -22,12 +22,6 @@ def zeros(ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def row_of_tile(tile, ROWS: tl.constexpr):
-    """The rows of a tile, (ROWS, 1); int64, because row times stride passes 2^31."""
-    return (tile * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
-
-
-@triton.jit
 def load_rstd(rstd_ptr, row, num_rows, WIDE: tl.constexpr):
     """One inverse root for each row, (ROWS, 1)."""
     return tl.load(rstd_ptr + row, mask=row < num_rows, other=0.0).to(wide_type(WIDE))

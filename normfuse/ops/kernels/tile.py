@@ -36,6 +36,8 @@ class Launch:
         num_warps: warps of a program.
         few: how rows are read if there are fewer than `MANY_ROWS`.
         many: how they are read otherwise.
+        programs: at most so many, which take rows by turns, with the next ones on their way, and
+            read "ahead held"; 0 for as many as there are rows to share.
     """
 
     rows: int
@@ -43,6 +45,7 @@ class Launch:
     num_warps: int
     few: str = "held"
     many: str = "held"
+    programs: int = 0
 
     @classmethod
     def for_shape(
@@ -73,7 +76,10 @@ class Launch:
     def by_rule(
         cls, cols: int, dtype: torch.dtype, *, held: int = 1, warp_size: int = WARP_SIZE
     ) -> Launch:
-        """16 elements of `held` rows of the type `dtype` for each thread, 8 in float64."""
+        """16 elements of `held` rows of the type `dtype` for each thread, 8 in float64.
+
+        Few rows ask for weights and residual beforehand while a thread has the registers.
+        """
         is_double = dtype == torch.float64
         widest = WIDEST_HELD // 2 if is_double else WIDEST_HELD
         width = triton.next_power_of_2(cols)
@@ -83,7 +89,9 @@ class Launch:
         vector = VECTOR // 2 if is_double else VECTOR
         block = min(width, max(vector * threads, warp_size) // rows)
         reads = "held" if cols <= widest // held else ""
-        return cls(rows, block, threads // warp_size, reads, reads)
+        has_room = rows == 1 and threads <= MAX_THREADS // 2
+        few = f"ahead {reads}" if reads and has_room else reads
+        return cls(rows, block, threads // warp_size, few, reads)
 
     def constants(self, cols: int, num_rows: Any) -> dict[str, Any]:
         """The kernel's constants for `num_rows` rows of `cols` elements; rows may be symbolic."""
@@ -92,10 +100,13 @@ class Launch:
             reads = self.many
         elif not known(num_rows < MANY_ROWS):
             reads = " ".join(word for word in self.few.split() if word != "streamed")
+        if self.programs:
+            reads = f"{reads} looped"
         return {"N": cols, "ROWS": self.rows, "BLOCK": self.block, "READS": f"{reads} {target()}"}
 
     def grid(self, num_rows: int) -> tuple[int]:
-        return ((num_rows + self.rows - 1) // self.rows,)
+        turns = (num_rows + self.rows - 1) // self.rows
+        return (torch.sym_min(turns, self.programs) if self.programs else turns,)
 
 
 def eager(kernel: Any) -> Any:

@@ -1,0 +1,154 @@
+"""Which cells `launches.py` measures, and which launches it tries in each: two presets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from typing import NamedTuple
+
+from normfuse.cli.bench.cells import QK, Cell
+
+ROWS = (16, 64, 512, 4096, 16384)
+WIDTHS = (1024, 2048, 2816, 4096, 5376, 8192, 16384)
+SHORT = (64, 128, 256, 512)  # heads
+HEADS = {"l2_norm": (16,), "gated_rms_norm": (32,)}  # of a token, where rows are short
+SANDWICH, DUAL = "rms_norm_add_rms_norm", "dual_rms_norm_add"
+OPS = (
+    "rms_norm",
+    "add_rms_norm",
+    "rms_norm_add",
+    SANDWICH,
+    DUAL,
+    "dual_rms_norm_add_rms_norm",
+    "rms_norms",
+    "modulated_rms_norm",
+    *HEADS,
+    "qk_rms_norm_rope",
+)
+WITH_RESIDUAL = ("rms_norm_add", SANDWICH, DUAL, "dual_rms_norm_add_rms_norm")
+READS = ("held", "ahead held", "ahead held streamed")
+SMS = 132  # of an H100 or H200; the number of programs changes no bit elsewhere
+
+
+class Candidate(NamedTuple):
+    """The fields of `tile.Launch`, one way to read instead of two.
+
+    Of q and k, `block` is the elements of a program's tile, and only `num_warps` counts besides.
+    """
+
+    rows: int
+    block: int
+    num_warps: int
+    reads: str
+    programs: int = 0
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """What decides in which order a row is summed: the same for few rows and for many."""
+        return (self.rows, self.block, self.num_warps, self.programs)
+
+
+Plan = list[tuple[Cell, list[Candidate]]]
+
+
+def whole(ops: list[str], widths: list[int] | None) -> Plan:
+    """Every op at every width that the table has, and the launches that it was chosen from."""
+    plan = []
+    for op, rows in product([op for op in ops if op not in QK], ROWS):
+        for width in widths or (SHORT if op in HEADS else WIDTHS):
+            cell = Cell(op, rows, width, heads=HEADS.get(op, (1,)))
+            plan.append((cell, list(_ordinary(width))))
+    return plan
+
+
+def _ordinary(width: int) -> Iterator[Candidate]:
+    block = 1 << (width - 1).bit_length()
+    if width <= 512:
+        for elements, share, reads in product((512, 1024, 2048, 4096), (8, 16, 32), READS[:2]):
+            if elements >= block and elements >= share * 32:
+                yield Candidate(elements // block, block, elements // share // 32, reads)
+        return
+    for warps in (1, 2, 4, 8, 16, 32):
+        if not 8 <= block // (32 * warps) <= 64:
+            continue
+        blocks = {min(block, warps * share) for share in (256, 512, 1024)}
+        for tile, reads in product(sorted(blocks), READS):
+            yield Candidate(1, tile, warps, reads)
+
+
+# Cells in which we lost or stayed below what was asked for, the worst first
+# (benchmarks/results/kernels_h200.json), and as many rows as share their entry of the table.
+WEAK = (
+    *((op, 65536, "bf16", (64, 4096)) for op in ("rms_norm", "add_rms_norm", SANDWICH)),
+    *((op, 4096, "fp32", (64, 4096)) for op in ("rms_norm", "add_rms_norm", SANDWICH)),
+    *((op, 32768, "bf16", (64, 4096)) for op in (SANDWICH, "rms_norm", "add_rms_norm")),
+    *((SANDWICH, width, "bf16", (64, 4096)) for width in (1152, 5120, 7168, 5376)),
+    *((DUAL, width, "bf16", (64, 4096, 16384)) for width in (8192, 2816)),
+    ("rms_norms", 8192, "bf16", (512, 4096)),
+    ("rms_norm", 8192, "bf16", (64, 4096, 16384)),
+    *((op, 769, "bf16", (32, 4096)) for op in ("rms_norm", "add_rms_norm", SANDWICH)),
+)
+WEAK_HEADS = (((32, 8), 128), ((16, 8), 256), ((8, 4), 256))
+
+
+def weak(ops: list[str], widths: list[int] | None) -> Plan:
+    """Only cells in which something is to be won, with launches that were not tried before too."""
+    plan = []
+    for op, width, dtype, some_rows in WEAK:
+        tried = list(dict.fromkeys(_unusual(op, width, dtype)))
+        plan += [(Cell(op, rows, width, dtype=dtype), tried) for rows in some_rows]
+    for (heads, width), rows in product(WEAK_HEADS, (64, 4096)):
+        sizes = product((512, 1024, 2048, 4096), (2, 4, 8))
+        tiles = [Candidate(0, size, warps, "") for size, warps in sizes if size >= 128 * warps]
+        plan.append((Cell("qk_rms_norm_rope", rows, width, heads), tiles))
+    return [
+        (cell, tried)
+        for cell, tried in plan
+        if cell.op in ops and cell.width in (widths or [cell.width])
+    ]
+
+
+def _unusual(op: str, width: int, dtype: str) -> Iterator[Candidate]:
+    if width > 16384:
+        yield from _wide(op, width)
+    elif width % 8:  # no vector divides it: every element is a load of its own
+        for rows, block, warps in ((1, 1024, 1), (1, 1024, 2), (1, 1024, 4), (1, 1024, 8)):
+            yield from (Candidate(rows, block, warps, reads) for reads in READS[:2])
+        for rows, block, warps in ((1, 256, 2), (1, 512, 2), (1, 512, 4), (2, 1024, 8)):
+            yield from (Candidate(rows, block, warps, reads) for reads in READS[:2])
+    else:
+        yield from _common(op, width, 4 if dtype == "fp32" else 8)
+
+
+def _wide(op: str, width: int) -> Iterator[Candidate]:
+    """Half of a row in registers, or what does not fit read again with more rows on their way."""
+    for block, warps in ((8192, 32), (16384, 32), (8192, 16)):
+        yield Candidate(1, block, warps, "half")
+    if width == 32768 or op == "rms_norm":
+        yield from (Candidate(1, block, 32, "held") for block in (8192, 16384, width))
+    if width == 32768:
+        yield Candidate(1, 8192, 32, "ahead held")
+    if op == "add_rms_norm":
+        yield from (Candidate(1, 8192, warps, "late held") for warps in (16, 32))
+    if op in WITH_RESIDUAL and width == 32768:
+        yield from (Candidate(1, 8192, warps, "beside held") for warps in (16, 32))
+    for block, warps in ((8192, 32), (8192, 16), (4096, 16), (4096, 8), (2048, 8)):
+        yield Candidate(1, block, warps, "")
+    if width == 32768:
+        yield from (Candidate(1, 8192, warps, "ahead held", SMS) for warps in (16, 32))
+
+
+def _common(op: str, width: int, vector: int) -> Iterator[Candidate]:
+    """One or several vectors of a row for each lane; read at once, or row after row."""
+    block = 1 << (width - 1).bit_length()
+    residual = ("beside held",) if op in WITH_RESIDUAL else ()
+    for warps in (2, 4, 8, 16):
+        if not 8 <= width / (32 * warps) <= 40:
+            continue
+        for tile in sorted({min(block, vector * 32 * warps), min(block, 4 * vector * 32 * warps)}):
+            for reads in (*READS[:2], *residual, "ahead held flushed"):
+                yield Candidate(1, tile, warps, reads)
+            yield from (Candidate(1, tile, warps, "ahead held", SMS * k) for k in (1, 2, 4))
+
+
+PRESETS = {"whole": whole, "weak": weak}
