@@ -229,7 +229,7 @@ RULES = (
 )
 OPTIONS = (
     "normfuse.lowering, normfuse.numerics, normfuse.rules, normfuse.skip, "
-    "normfuse.tune, normfuse.margin"
+    "normfuse.tune, normfuse.margin, normfuse.check"
 )
 WRONG = [
     (
