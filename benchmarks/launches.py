@@ -125,7 +125,8 @@ def compile_all(
     """What became of every launch of the plan that could be compiled in so many seconds."""
     first: dict[Any, Job] = {}
     for cell, tried in plan:
-        kernels = [None, *tried, *(["inductor"] if with_inductor else [])]
+        plain = [_plain(cell, one) for one in tried if cell.op not in QK]
+        kernels = [None, *tried, *plain, *(["inductor"] if with_inductor else [])]
         for one in kernels:
             first.setdefault(_kernel(cell, one), (cell, one))
     jobs = [(number, *job) for number, job in enumerate(first.values())]
@@ -136,7 +137,8 @@ def compile_all(
         results = pool.imap_unordered(compile_one, jobs)
         try:
             for _ in track(jobs, description="compiling"):
-                number, record = results.next(max(0.0, end - time.monotonic()))
+                left = None if math.isinf(end) else max(0.0, end - time.monotonic())
+                number, record = results.next(left)
                 found[keys[number]] = record
         except multiprocessing.TimeoutError:
             pool.terminate()
@@ -147,6 +149,11 @@ def _kernel(cell: Cell, candidate: Candidate | str | None) -> Any:
     """What two cells must agree in to share a kernel: of a candidate, all but their rows."""
     rows = None if isinstance(candidate, Candidate) else cell.rows
     return cell.op, cell.width, cell.dtype, cell.heads, rows, candidate
+
+
+def _plain(cell: Cell, candidate: Candidate) -> Candidate:
+    """The launch that sums in the same order and is simplest: held, or read again."""
+    return candidate._replace(reads="" if cell.width > 32768 else "held", programs=0)
 
 
 class Trial:
@@ -200,11 +207,11 @@ class Trial:
         return entries
 
     def checked(self, one: Candidate) -> Record:
-        """Whether it is right, and has the bits of rows that are simply held."""
+        """Whether it is right, and has the bits of rows that are read in the simplest way."""
         results = self.call(one)(*self.sets[0])
         record = {"is_right": accuracy(self.what, self.sets[0], results).is_as_close_as_eager}
         if self.what.cell.op not in QK:
-            plain = self.call(one._replace(reads="held", programs=0))(*self.sets[0])
+            plain = self.call(_plain(self.what.cell, one))(*self.sets[0])
             pairs = zip(results, plain, strict=True)
             record["same_bits"] = all(torch.equal(left, right) for left, right in pairs)
         return record
