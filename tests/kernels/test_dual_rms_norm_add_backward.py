@@ -122,7 +122,10 @@ def test_a_total_that_nothing_else_reads(launch, is_streamed, streamed):
     backward(launch, 4, random(2, 100), random(2, 100), grad_total=None, tile=tile)
 
 
-@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize(
+    "pair",
+    ["both heads first", "x sliced", "residual expanded", "x columns first", "both columns first"],
+)
 def test_takes_rows_of_any_strides(launch, pair):
     backward(launch, 3, *PAIRS[pair]())
 
@@ -152,7 +155,7 @@ def test_no_rows(launch, count):
 
 
 def test_the_same_bits_twice(launch, few_programs):
-    arguments = for_launch_of_dual(arguments_of(4, random(60, 96), random(60, 96)))
+    arguments = for_launch_of_dual(arguments_of(4, random(24, 96), random(24, 96)))
     tile = few_programs(96, norms=4)
 
     first, second = (launch(STEM, *arguments, tile=tile) for _ in range(2))

@@ -68,7 +68,9 @@ def test_more_rows_than_programs(launch, few_programs):
     backward(launch, *operands(random(31, 96)), *NORMS, [True] * 3, tile=few_programs(96, norms=3))
 
 
-@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize(
+    "view", ["misaligned", "heads first", "four strides", "expanded", "columns first", "one row"]
+)
 def test_takes_rows_of_any_strides(launch, view):
     x, grads, weights, rstd = operands(VIEWS[view]())
     grads[1] = VIEWS[view]()
@@ -104,7 +106,7 @@ def test_no_rows(launch):
 
 
 def test_the_same_bits_twice(launch, few_programs):
-    arguments = for_launch_of_norms((*operands(random(60, 96)), *NORMS, [True] * 3))
+    arguments = for_launch_of_norms((*operands(random(24, 96)), *NORMS, [True] * 3))
     tile = few_programs(96, norms=3)
 
     first, second = (launch(STEM, *arguments, tile=tile) for _ in range(2))
