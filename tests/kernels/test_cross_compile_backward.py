@@ -75,7 +75,7 @@ def test_several_norms_do_not_spill_on_cdna(stem, tmp_path):
 
 
 # The most norms: the widest rows that are held in registers, and wider ones.
-@pytest.mark.parametrize(("width", "dtype"), [(3072, F32), (8192, F32), (2048, F64)])
+@pytest.mark.parametrize(("width", "dtype"), [(3072, F32), (8192, F32), (1536, F64), (2048, F64)])
 @pytest.mark.parametrize("stem", ["rms_norms_backward", "dual_rms_norm_add_rms_norm_backward"])
 def test_four_norms_do_not_spill(stem, width, dtype, tmp_path):
     compiled = backward.compile_norms(stem, width, dtype, "sm_90", count=4)

@@ -27,7 +27,7 @@ WARPS = 16  # that the programs of a multiprocessor have together
 # (tests/kernels/test_cross_compile_backward.py).
 LANES = {2: (8, (3, 2)), 4: (4, (4, 3)), 8: (2, (4, 2))}
 # The same of three norms or four, whose threads need so many registers that 256 take all there are.
-MANY_NORMS = {2: (4, 4), 4: (4, 3), 8: (2, 4)}
+MANY_NORMS = {2: (4, 4), 4: (4, 3), 8: (2, 3)}
 
 # A program of `sum_partials_kernel`: 16 columns are 64 bytes of float32.
 PARTIAL_ROWS, PARTIAL_COLS = 128, 16
