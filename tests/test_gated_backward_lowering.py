@@ -130,3 +130,20 @@ def test_an_unsummed_shift_is_no_alias_of_its_gradient():
 
     assert torch.equal(grads[2], grad_y)
     assert grads[2].data_ptr() != grad_y.data_ptr()
+
+
+def test_a_shift_is_not_kept_for_the_backward():
+    x, scale, shift = (torch.randn(3, 8).requires_grad_() for _ in range(3))
+    kept = []
+
+    def note(tensor):
+        kept.append(tensor.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        y = normfuse.modulated_rms_norm(x, scale, shift)
+
+    assert {x.data_ptr(), scale.data_ptr()} <= set(kept)
+    assert shift.data_ptr() not in kept
+    (grad,) = torch.autograd.grad(y.sum(), shift)
+    assert torch.equal(grad, torch.ones(3, 8))

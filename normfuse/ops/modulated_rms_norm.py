@@ -85,16 +85,20 @@ def _cuda(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     x, scale, shift, weight, *norm = inputs
-    ctx.save_for_backward(x, scale, shift, weight, output[1])
+    ctx.save_for_backward(x, scale, weight, output[1])
+    ctx.shift = None if shift is None else (shift.shape, shift.dtype)  # its values are not needed
     ctx.norm = norm
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_y: torch.Tensor | None, grad_rstd: torch.Tensor | None) -> Any:
-    x, scale, shift, weight, rstd = ctx.saved_tensors
+    x, scale, weight, rstd = ctx.saved_tensors
     _, offset, scale_offset, plan, _ = ctx.norm
-    mask = ctx.needs_input_grad[:4]
-    norm = (x, scale, shift if mask[2] else None, weight, rstd, offset, scale_offset)
+    mask, shift = ctx.needs_input_grad[:4], None
+    if ctx.shift is not None and mask[2]:
+        shape, dtype = ctx.shift
+        shift = x.new_empty(1, dtype=dtype).expand(shape)
+    norm = (x, scale, shift, weight, rstd, offset, scale_offset)
     if grad_y is not None and grad_rstd is None and not needs_plain_torch():
         grads = MODULATED_RMS_NORM_BACKWARD(grad_y, *norm, plan, list(mask))
     else:
