@@ -27,11 +27,11 @@ import triton.language as tl
 from normfuse.ops.kernels.branch_backward import branch_of, grad_of_sum, sums_of_two
 from normfuse.ops.kernels.chunks import narrowed, row_of
 from normfuse.ops.kernels.constants import NAMES, plan_text
+from normfuse.ops.kernels.row import row_of_tile
 from normfuse.ops.kernels.row_backward import (
     load_rstd,
     load_scale,
     norm_gradient,
-    row_of_tile,
     weighted,
     wide_type,
     zeros,

@@ -28,14 +28,13 @@ import triton
 import triton.language as tl
 
 from normfuse.ops.kernels.constants import NAMES
-from normfuse.ops.kernels.row import row_start
+from normfuse.ops.kernels.row import row_of_tile, row_start
 from normfuse.ops.kernels.row_backward import (
     add_to_partial,
     load_rstd,
     load_weight,
     load_wide,
     norm_gradient,
-    row_of_tile,
     store_partial,
     weighted,
     wide_type,

@@ -19,11 +19,11 @@ import triton.language as tl
 
 from normfuse.ops.kernels.chunks import row_of
 from normfuse.ops.kernels.constants import NAMES
+from normfuse.ops.kernels.row import row_of_tile
 from normfuse.ops.kernels.row_backward import (
     load_rstd,
     load_wide,
     norm_gradient,
-    row_of_tile,
     weighted,
     wide_type,
     zeros,
