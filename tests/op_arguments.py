@@ -137,3 +137,30 @@ def _qk_rms_norm_rope_backward(dtype, plan):
     stds = [rstd(*x.shape[:-1]) for x in heads]
     tables = (table(dtype), table(dtype))
     return heads, grads, weights, stds, *tables, offsets, plans, turns(dtype), [True] * 4
+
+
+def _rms_norms_backward(dtype, plan):
+    x, weights, _, *numbers = _rms_norms(dtype, plan)
+    return x, [rows(dtype) for _ in range(3)], weights, rstd(), *numbers, [True] * 3
+
+
+def _dual_rms_norm_add_backward(dtype, plan):
+    operands = ([weight(dtype) for _ in range(3)], [rstd() for _ in range(3)], *scales(dtype))
+    numbers = ([OFFSET] * 3, [plan] * 3, dtype, [True] * 6)
+    return *(rows(dtype) for _ in range(3)), *operands, *numbers
+
+
+def _dual_rms_norm_add_rms_norm_backward(dtype, plan):
+    operands = ([weight(dtype) for _ in range(4)], [rstd() for _ in range(4)], *scales(dtype))
+    numbers = ([OFFSET] * 4, [plan] * 4, dtype, [True] * 7)
+    return *(rows(dtype) for _ in range(5)), *operands, *numbers
+
+
+def _gated_rms_norm_backward(dtype, plan):
+    x, gate, shared, _, offset, *gating, plan, _ = _gated_rms_norm(dtype, plan)
+    return rows(dtype), x, gate, shared, rstd(*ROWS, 2), offset, *gating, plan, [True] * 3
+
+
+def _modulated_rms_norm_backward(dtype, plan):
+    x, *operands, _, offset, scale_offset, plan, _ = _modulated_rms_norm(dtype, plan)
+    return rows(dtype), x, *operands, rstd(), offset, scale_offset, plan, [True] * 4

@@ -36,9 +36,9 @@ def assert_exact_on_every_rank(steps):
     ("way", "lowering"),
     [
         (parallel.replicated, "op"),
-        (parallel.replicated_whole, "auto"),
+        (parallel.replicated_whole, "inline"),
         (parallel.sharded_layers, "op"),
-        (parallel.sharded_whole, "auto"),
+        (parallel.sharded_whole, "inline"),
     ],
 )
 def test_gradients_are_the_mean_over_all_ranks(way, lowering, ranks):
@@ -49,7 +49,7 @@ def test_gradients_are_the_mean_over_all_ranks(way, lowering, ranks):
 
 
 @pytest.mark.guarantee
-@pytest.mark.parametrize("lowering", ["auto", "op"])
+@pytest.mark.parametrize("lowering", ["inline", "op"])
 def test_norms_between_divided_products_are_fused(lowering, ranks):
     steps = ranks.run(parallel.step, parallel.divided_products, lowering, *PLACE, True)
 
@@ -69,7 +69,7 @@ def test_norms_of_divided_rows_are_fused_in_inference(ranks):
 def test_norms_of_distributed_tensors_are_declined_in_training(ranks):
     way = parallel.divided_rows
     report, _ = ranks.run(parallel.reasons, way, *PLACE, True)
-    steps = ranks.run(parallel.step, way, "auto", *PLACE, True)
+    steps = ranks.run(parallel.step, way, "inline", *PLACE, True)
 
     sentence = "an operand is a tensor subclass (DTensor), for which the op has no rule"
     assert report == [(None, sentence), (None, sentence)]

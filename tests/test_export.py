@@ -37,7 +37,7 @@ def as_tuple(value):
 
 @pytest.mark.guarantee
 def test_a_package_runs_where_normfuse_is_not_imported(tmp_path):
-    block, package, ops = package_block(tmp_path, "cpu")
+    block, package, ops = package_block(tmp_path, "cpu", lowering="inline")
     pairs = [(activation(rows), activation(rows)) for rows in (4, 7)]
 
     results = run_elsewhere(package, pairs, tmp_path)

@@ -169,15 +169,15 @@ lowered:
         self.assertExpectedInline(
             text.split("lowered:\n")[1],
             """\
-    view = aten.view.default(arg0_1, (1, 2, 2, 4))
-    view_1 = aten.view.default(arg1_1, (2, 4))
-    convert_element_type = prims.convert_element_type.default(view, torch.float32)
+    view = aten.view.default(arg1_1, (2, 4))
+    view_1 = aten.view.default(arg0_1, (1, 2, 2, 4))
+    convert_element_type = prims.convert_element_type.default(view_1, torch.float32)
     pow_1 = aten.pow.Tensor_Scalar(convert_element_type, 2)
     mean = aten.mean.dim(pow_1, (-1), True)
     add = aten.add.Tensor(mean, 1e-06)
     rsqrt = aten.rsqrt.default(add)
     mul = aten.mul.Tensor(convert_element_type, rsqrt)
-    mul_1 = aten.mul.Tensor(mul, view_1)
+    mul_1 = aten.mul.Tensor(mul, view)
     view_2 = aten.view.default(mul_1, (1, 2, 8))
     convert_element_type_1 = prims.convert_element_type.default(arg2_1, torch.float32)
     neg = aten.neg.default(convert_element_type_1)

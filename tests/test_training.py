@@ -41,7 +41,7 @@ class LearnedEps(nn.Module):
 
 
 @pytest.mark.guarantee
-@pytest.mark.parametrize("lowering", ["auto", "op"])
+@pytest.mark.parametrize("lowering", ["inline", "op"])
 @pytest.mark.parametrize(
     ("block_class", "formula"),
     [(LlamaBlock, exact_llama), (GemmaBlock, exact_gemma), (LearnedEps, LearnedEps.forward)],

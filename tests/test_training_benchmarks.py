@@ -21,7 +21,7 @@ TINY = ["--device", "cpu", "--tiny", "--layers", "1", "--shapes", "1x16", "--rou
 def test_a_training_step(tmp_path):
     pytest.importorskip("transformers")
     out = tmp_path / "training.json"
-    models = ["--models", "qwen3 8b", "gemma3 4b", "--contenders", "auto"]
+    models = ["--models", "qwen3 8b", "gemma3 4b", "--contenders", "inline"]
 
     training.main([*TINY, *models, "--optimizer", "--time-limit", "1", "--out", str(out)])
 
@@ -30,7 +30,7 @@ def test_a_training_step(tmp_path):
     assert record["left_out"] == ["gemma3 4b 1x16"]
     assert str(tmp_path) not in out.read_text()
     assert (cell["model"], cell["shape"], cell["layers"]) == ("qwen3 8b", "1x16", 1)
-    found = cell["contenders"]["auto"]
+    found = cell["contenders"]["inline"]
     assert found["lowered"] == ["lowered 4 as inline", "lowered 4 as inline"]  # and backward
     assert found["step_ms"] > 0
     assert found["changed_gradients"] == 0

@@ -22,7 +22,7 @@ def ranks(tmp_path_factory):
 
 
 @pytest.mark.guarantee
-@pytest.mark.parametrize("lowering", ["auto", "triton"])
+@pytest.mark.parametrize("lowering", ["inline", "triton"])
 @pytest.mark.parametrize("way", [*parallel.DATA, parallel.divided_products])
 def test_training(way, lowering, ranks):
     steps = ranks.run(parallel.step, way, lowering, *PLACE, True)

@@ -53,7 +53,7 @@ def under(dtype, block):
 
 
 @pytest.mark.guarantee
-@pytest.mark.parametrize("lowering", ["auto", "triton"])
+@pytest.mark.parametrize("lowering", ["inline", "triton"])
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("block_class", BLOCKS)
 def test_autocast(block_class, dtype, lowering, device):
