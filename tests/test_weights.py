@@ -22,9 +22,11 @@ from tests.weight_updates import (
     WIDTH,
     Norms,
     TiedNorms,
+    change_the_type,
     data_copy,
     fused_adamw,
     norms_and_input,
+    torch_notices_types,
 )
 
 OP = {"normfuse.lowering": "op"}
@@ -37,6 +39,8 @@ UPDATES = [
 
 @pytest.fixture(params=UPDATES, ids=lambda case: f"{case[0].__name__}-{case[1].__name__}")
 def case(request):
+    if request.param[1] is change_the_type and not torch_notices_types():
+        pytest.skip("this torch runs the code of the old type, with us and without")
     return request.param
 
 

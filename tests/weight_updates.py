@@ -164,7 +164,7 @@ def change_the_type(model):
 def torch_notices_types():
     """Whether torch compiles anew when parameters change their type; 2.11 runs the old code."""
     counter = CompileCounter()
-    model = nn.RMSNorm(WIDTH).bfloat16()
+    model = LlamaRMSNorm(WIDTH).bfloat16()
     compiled = torch.compile(model, backend=counter)
     with torch.no_grad():
         for _ in range(2):
