@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 from normfuse.backend import patches
 from normfuse.capturing import fresh
 from normfuse.passes import inductor
+from normfuse.settings import NAMES, PREFIX
 
 
 def capture(model: Any, *args: Any, **options: Any) -> Callable[..., Any]:
@@ -41,5 +42,4 @@ def capture(model: Any, *args: Any, **options: Any) -> Callable[..., Any]:
 
 
 def _prefixed(options: dict[str, Any]) -> dict[str, Any]:
-    ours = ("lowering", "numerics", "rules", "skip", "check")
-    return {f"normfuse.{name}" if name in ours else name: value for name, value in options.items()}
+    return {PREFIX + name if name in NAMES else name: value for name, value in options.items()}

@@ -4,16 +4,19 @@ import pytest
 import torch
 import torch._inductor.config
 from torch._inductor.utils import get_code, run_fw_bw_and_get_code
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 import normfuse
 from normfuse import tuning
 from normfuse.explain import explain_with
+from normfuse.ops.lowering import ALL_OPS, backward_of
 from normfuse.passes import choice, lower
 from normfuse.passes.recognise import is_op
 from normfuse.settings import Settings
 from normfuse.testing import capture
 from normfuse.tuning import Document, Entry, Key, Measurement, minor
-from tests import blocks, gated_blocks, rotary
+from tests import blocks, gated_blocks, op_arguments, rotary
 from tests.blocks import activation
 
 TORCH = minor(torch.__version__)
@@ -211,3 +214,32 @@ def test_an_empty_table_trains_as_plain_inductor(a_gpu):
         return without_comments(codes)
 
     assert code(normfuse.options()) == code({})
+
+
+class Named(TorchDispatchMode):
+    """Notes the names of our ops that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "normfuse":
+            self.names.add(function._schema.name.split("::")[1])
+        return function(*args, **(kwargs or {}))
+
+
+FORWARDS = [op for op in ALL_OPS if not op._schema.name.endswith("_backward")]
+
+
+@pytest.mark.parametrize("op", FORWARDS, ids=str)
+def test_the_backward_whose_measurements_count_is_the_one_that_runs(op):
+    def wants_gradient(value):
+        is_learned = isinstance(value, torch.Tensor) and value.shape[-1] == op_arguments.WIDTH
+        return value.requires_grad_() if is_learned else value  # not scales, nor cosines
+
+    arguments = tree_map(wants_gradient, op_arguments.of(op, torch.bfloat16))
+    *values, _ = tree_leaves(op(*arguments))
+    with Named() as named:
+        values[0].float().sum().backward()
+    assert named.names == {backward_of(op._schema.name.split("::")[1])}

@@ -252,7 +252,7 @@ class TestUsersTable:
         [
             ({"NORMFUSE_CACHE_DIR": "/own"}, "/own"),
             ({"XDG_CACHE_HOME": "/cache"}, "/cache/normfuse"),
-            ({"HOME": "/home/her"}, "/home/her/.cache/normfuse"),
+            ({"HOME": "/hers"}, "/hers/.cache/normfuse"),
         ],
     )
     def test_where_it_is(self, monkeypatch, variables, root):

@@ -106,6 +106,12 @@ _REFERENCES: dict[Any, Callable[..., Any]] = {
     MODULATED_RMS_NORM_BACKWARD: modulated_rms_norm_backward_reference,
 }
 ALL_OPS = tuple(_REFERENCES)
+_SHARED_BACKWARDS = {"l2_norm": "rms_norm_backward", "qk_rms_norm": "qk_rms_norm_rope_backward"}
+
+
+def backward_of(op: str) -> str:
+    """The name of the op that computes the gradients of an op."""
+    return _SHARED_BACKWARDS.get(op, f"{op}_backward")
 
 
 def inline_form(op: Any) -> Callable[..., Any]:

@@ -10,6 +10,7 @@ import torch
 from torch.fx import Node
 
 from normfuse import tuning
+from normfuse.ops.lowering import backward_of
 from normfuse.passes.form import operands_of
 from normfuse.passes.region import cut_out, key_of, neighbours_of, rows_of
 from normfuse.settings import Settings
@@ -46,7 +47,8 @@ def why_hopeless_in_training(node: Node, settings: Settings) -> str | None:
     key, rows = _asked(node)
     table = tuning.tables().table
     forward = table.verdicts(key, rows, settings.margin)
-    backward = table.verdicts_of_backward(key, rows, settings.margin)
+    of_backward = key._replace(op=backward_of(key.op))  # whatever gradients it was asked for
+    backward = table.verdicts_of_any(of_backward, rows, settings.margin)
     if not forward or not backward:
         which = "the backward is " if forward else ""
         return which + _unmeasured(key, rows)

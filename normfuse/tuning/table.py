@@ -104,13 +104,12 @@ class Table:
         found = [self.verdict(key, rows, neighbours, margin) for neighbours in sorted(measured)]
         return [verdict for verdict in found if verdict is not None]
 
-    def verdicts_of_backward(self, key: Key, rows: Rows, margin: float) -> list[Verdict]:
-        """The same of the backward of a site, whatever gradients were asked of it."""
-        about = (key.device, key.torch, f"{key.op}_backward", key.widths, key.dtype)
+    def verdicts_of_any(self, key: Key, rows: Rows, margin: float) -> list[Verdict]:
+        """The same of all keys that differ from this one in nothing but parameters."""
         return [
             verdict
             for one in list(self._found)
-            if (one.device, one.torch, one.op, one.widths, one.dtype) == about
+            if one._replace(parameters=key.parameters) == key
             for verdict in self.verdicts(one, rows, margin)
         ]
 
