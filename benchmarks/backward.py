@@ -7,9 +7,9 @@ Only the backward is timed, as GPU time of replayed CUDA graphs. A graph holds o
 each of several sets of tensors, so many that a replay goes through more than three times the L2
 cache, and every set has gradients of its own: everything is cold. Contenders take turns, and
 medians are kept. Their gradients are first compared with float64, where rows are few enough for
-that: an error above twice eager's own, plus a rounding, stops the run. `copy` is a kernel that
-reads and writes the same bytes, with the best of several tiles; `limit` is the time of those bytes
-at the speed of the fastest copy of 1 GiB.
+that: an error above twice eager's own, plus a rounding, fails the cell, which is not timed. `copy`
+is a kernel that reads and writes the same bytes, with the best of several tiles; `limit` is the
+time of those bytes at the speed of the fastest copy of 1 GiB.
 """
 
 from __future__ import annotations
@@ -318,19 +318,29 @@ def main(argv: list[str] | None = None) -> None:
         "is_dry": arguments.device == "cpu",
         "rows": [],
         "left_out": [],
+        "failed": [],
     }
     began = time.monotonic()
     for one in track(cells(arguments), description="measuring"):
         if time.monotonic() - began > arguments.time_limit:
             record["left_out"].append(one)
             continue
-        row = cell(*one, clock)
+        try:
+            row = cell(*one, clock)
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}"[:500]
+            record["failed"].append({"cell": one, "error": said})
+            continue
         row["limit"] = row["bytes"] / ceiling / 1e3
         row["speedup"] = row["inductor"] / row["normfuse"]
         record["rows"].append(row)
         save(record, arguments.out)
     save(record, arguments.out)
     show(record)
+    if record["failed"]:
+        raise SystemExit(
+            "\n".join(f"failed: {one['cell']}: {one['error']}" for one in record["failed"])
+        )
 
 
 def command(argv: list[str] | None) -> str:

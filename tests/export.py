@@ -45,9 +45,11 @@ def run_elsewhere(package, pairs, directory):
     inputs, results = directory / "inputs.pt", directory / "results.pt"
     torch.save(pairs, inputs)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, "-c", PROGRAM, package, str(inputs), str(results)]
+    # A crash of generated code says nothing by itself: where it happened is asked for.
+    command = [sys.executable, "-X", "faulthandler", "-c", PROGRAM, package]
+    command += [str(inputs), str(results)]
     process = subprocess.run(
         command, capture_output=True, text=True, cwd=directory, env=environment
     )
-    assert process.returncode == 0, process.stderr
+    assert process.returncode == 0, f"exit status {process.returncode}: {process.stderr}"
     return torch.load(results)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from normfuse.ops.layout import dense_like
 from normfuse.ops.registration import register_gradient
 from normfuse.ops.rounding import L2, RoundingPlan
 
@@ -78,9 +79,7 @@ def _sum_over_rows(value: torch.Tensor) -> torch.Tensor:
 
 def laid_out(value: torch.Tensor, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`value` rounded to `dtype` and laid out as `torch.empty_like(like)`."""
-    wanted = torch.empty_like(like, dtype=dtype)
-    value = value.to(dtype)
-    return value if value.stride() == wanted.stride() else wanted.copy_(value)
+    return dense_like(value.to(dtype), torch.empty_like(like, dtype=dtype))
 
 
 def empty_gradient(is_wanted: bool, like: torch.Tensor | None, dtype: torch.dtype) -> Any:

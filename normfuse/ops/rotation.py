@@ -14,6 +14,7 @@ from functools import cache
 
 import torch
 
+from normfuse.ops.layout import dense_like
 from normfuse.ops.rounding import DTYPES, SHORT
 
 LAYOUTS = ("half", "interleaved", "complex")
@@ -117,7 +118,7 @@ def rotated(
 
 def _laid_out(y: torch.Tensor, x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
     wanted = empty_result(x, rotation)
-    return y if y.stride() == wanted.stride() else wanted.copy_(y)
+    return dense_like(y, wanted)
 
 
 def empty_result(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:

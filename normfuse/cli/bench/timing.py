@@ -155,21 +155,28 @@ class CudaClock:
         """
         torch.cuda.empty_cache()  # what the last session left
         self._pool = torch.cuda.graph_pool_handle()
+        # A pool whose last graph is dropped is lost, so one is kept as long as the session.
+        keeper = self._captured(self._sum.zero_)
         try:
             yield
         finally:
+            del keeper
             self._pool = None
 
     def record(
         self, call: Call, sets: Sets, cycles: int, results: list[Sequence[Tensor] | None] | None
     ) -> Recording:
+        """A CUDA graph of the calls."""
+        return self._captured(partial(rotate, call, sets, cycles, results))
+
+    def _captured(self, body: Callable[[], object]) -> Any:
         """A CUDA graph, without the garbage collection of `torch.cuda.graph`."""
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         with torch.cuda.stream(self._stream):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
-                rotate(call, sets, cycles, results)
+                body()
             except BaseException:
                 with suppress(Exception):  # it complains of the same
                     graph.capture_end()
