@@ -1,4 +1,4 @@
-"""Which cells `launches.py` measures, and which launches it tries in each: two presets."""
+"""Which cells `launches.py` measures, and which launches it tries in each: three presets."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ from collections.abc import Iterator
 from itertools import product
 from typing import NamedTuple
 
+import torch
+
 from normfuse.cli.bench.cells import QK, Cell
+from normfuse.ops.kernels.launches import MANY_ROWS
+from normfuse.ops.kernels.tile import Launch
 
 ROWS = (16, 64, 512, 4096, 16384)
+LOOPED_WIDTHS = (5376, 4096, 8192, 2816, 2560, 1152, 5120, 7168)
 WIDTHS = (1024, 2048, 2816, 4096, 5376, 8192, 16384)
 SHORT = (64, 128, 256, 512)  # heads
 HEADS = {"l2_norm": (16,), "gated_rms_norm": (32,)}  # of a token, where rows are short
@@ -45,7 +50,7 @@ class Candidate(NamedTuple):
     @property
     def order(self) -> tuple[int, ...]:
         """What decides in which order a row is summed: the same for few rows and for many."""
-        return (self.rows, self.block, self.num_warps, self.programs)
+        return (self.rows, self.block, self.num_warps)
 
 
 Plan = list[tuple[Cell, list[Candidate]]]
@@ -61,8 +66,13 @@ def whole(ops: list[str], widths: list[int] | None) -> Plan:
     return plan
 
 
+def block_of(width: int) -> int:
+    """The power of two that holds a row."""
+    return 1 << (width - 1).bit_length()
+
+
 def _ordinary(width: int) -> Iterator[Candidate]:
-    block = 1 << (width - 1).bit_length()
+    block = block_of(width)
     if width <= 512:
         for elements, share, reads in product((512, 1024, 2048, 4096), (8, 16, 32), READS[:2]):
             if elements >= block and elements >= share * 32:
@@ -96,7 +106,9 @@ def weak(ops: list[str], widths: list[int] | None) -> Plan:
     plan = []
     for op, width, dtype, some_rows in WEAK:
         tried = list(dict.fromkeys(_unusual(op, width, dtype)))
-        plan += [(Cell(op, rows, width, dtype=dtype), tried) for rows in some_rows]
+        for rows in some_rows:
+            fitting = [one for one in tried if not one.programs or rows >= MANY_ROWS]
+            plan.append((Cell(op, rows, width, dtype=dtype), fitting))
     for (heads, width), rows in product(WEAK_HEADS, (64, 4096)):
         sizes = product((512, 1024, 2048, 4096), (2, 4, 8))
         tiles = [Candidate(0, size, warps, "") for size, warps in sizes if size >= 128 * warps]
@@ -140,7 +152,7 @@ def _wide(op: str, width: int) -> Iterator[Candidate]:
 
 def _common(op: str, width: int, vector: int) -> Iterator[Candidate]:
     """One or several vectors of a row for each lane; read at once, or row after row."""
-    block = 1 << (width - 1).bit_length()
+    block = block_of(width)
     residual = ("beside held",) if op in WITH_RESIDUAL else ()
     for warps in (2, 4, 8, 16):
         if not 8 <= width / (32 * warps) <= 40:
@@ -151,4 +163,24 @@ def _common(op: str, width: int, vector: int) -> Iterator[Candidate]:
             yield from (Candidate(1, tile, warps, "ahead held", SMS * k) for k in (1, 2, 4))
 
 
-PRESETS = {"whole": whole, "weak": weak}
+LOOPED = ("rms_norm", "add_rms_norm", SANDWICH, DUAL, "rms_norms")
+
+
+def loops(ops: list[str], widths: list[int] | None) -> Plan:
+    """Many rows, taken by turns by few programs: the order of summing that ships, and others."""
+    plan = []
+    for op, width in product([op for op in ops if op in LOOPED], widths or LOOPED_WIDTHS):
+        ships = Launch.for_shape(width, torch.bfloat16, torch.float32, op=op)
+        orders = [(ships.block, ships.num_warps)]
+        orders += [(min(256 * warps, block_of(width)), warps) for warps in (4, 8, 16)]
+        orders = [one for one in dict.fromkeys(orders) if 8 <= width / (32 * one[1]) <= 40]
+        tried = [
+            Candidate(1, block, warps, "ahead held", SMS * each)
+            for (block, warps), each in product(orders, (1, 2, 3, 4, 6))
+            if each * warps <= 32
+        ]
+        plan += [(Cell(op, rows, width), tried) for rows in (4096, 16384)]
+    return plan
+
+
+PRESETS = {"whole": whole, "weak": weak, "loops": loops}

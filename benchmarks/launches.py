@@ -5,8 +5,8 @@
     python benchmarks/launches.py --preset weak --time-limit 300 --out weak.json
 
 Every candidate is compiled beforehand, in many processes, and timed with cold caches beside the
-launch that ships. Candidates that sum in the same order (rows, tile, warps, programs) share an
-entry of the table; how rows are read may then differ between few rows and many. The fastest of each
+launch that ships. Candidates that sum in the same order (rows, tile, warps) share an entry
+of the table; how rows are read may then differ between few rows and many. The fastest of each
 cell are checked and timed again by turns with the launch that ships: they win by more than the
 medians of the rounds differ, or not at all. The preset "weak" tries launches that the table does
 not know yet, in the cells in which we lose.
@@ -262,7 +262,7 @@ def _entry(cells: dict[str, Record]) -> Record | None:
     if not gains:
         return None
     order = max(gains, key=gains.__getitem__)
-    reads = {name: Candidate(*row[1:]).reads for name, row in orders[order].items()}
+    reads = {name: [*row[4:], row[0]] for name, row in orders[order].items()}
     return {"order": order, "gain": gains[order] ** (1 / len(cells)), "reads": reads}
 
 

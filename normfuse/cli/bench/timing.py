@@ -169,7 +169,7 @@ class CudaClock:
         """A CUDA graph of the calls."""
         return self._captured(partial(rotate, call, sets, cycles, results))
 
-    def _captured(self, body: Callable[[], object]) -> Any:
+    def _captured(self, body: Callable[[], object]) -> Recording:
         """A CUDA graph, without the garbage collection of `torch.cuda.graph`."""
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()

@@ -173,7 +173,7 @@ def dual_rms_norm_add_backward_kernel(
     num_rows, stride_grad_y_row, stride_grad_total_row, stride_x_1_row, stride_x_2_row,
     stride_total_row,
     N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
-    HELD: tl.constexpr,
+    HELD: tl.constexpr, STAGES: tl.constexpr,
     OFFSET_1: tl.constexpr, OFFSET_2: tl.constexpr, OFFSET_3: tl.constexpr, OFFSET_4: tl.constexpr,
     PLAN_1: tl.constexpr, PLAN_2: tl.constexpr, BRANCH: tl.constexpr,
     BRANCH_SCALE: tl.constexpr, TOTAL_SCALE: tl.constexpr, WIDE: tl.constexpr,
@@ -191,7 +191,6 @@ def dual_rms_norm_add_backward_kernel(
         weights_2 = load_weights(x_2_ptr, weight_2_ptr, all_cols, N, BLOCK, CHUNKS)
         weights_3 = load_weights(rstd_3_ptr, weight_3_ptr, all_cols, N, BLOCK, CHUNKS)
         weights_4 = load_weights(grad_y_ptr, weight_4_ptr, all_cols, N, BLOCK, CHUNKS)
-    STAGES: tl.constexpr = 2 if HELD else 1  # the next rows are on their way meanwhile
     num_tiles = tl.cdiv(num_rows, ROWS)
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), num_stages=STAGES):
         row = row_of_tile(tile, ROWS)
@@ -294,7 +293,7 @@ def _launch(
     widest = max(present, key=lambda operand: operand.dtype.itemsize)
     plan = max(plans, key=lambda plan: plan.compute.itemsize)
     dtype = torch.promote_types(plan.compute, torch.float32)
-    tile = tile or launch_for(x_1, widest, plan, norms=len(norms))
+    tile = tile or launch_for(x_1, widest, plan, norms=len(norms), operands=len(present))
     partials = [partial_sums(weight, tile, dtype) for weight in learned]
     absent = [None] * (4 - len(norms))
     offsets = [offset_of(weight, offset) for weight, _, offset, _ in norms] + absent

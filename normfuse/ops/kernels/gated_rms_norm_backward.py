@@ -55,6 +55,7 @@ from normfuse.ops.kernels.tile_backward import (
     no_gradients,
     offset_of,
     partial_sums,
+    shared_memory,
     sum_partials,
 )
 
@@ -206,7 +207,7 @@ def gated_rms_norm_backward_kernel(
     size_x_middle, size_x_inner, stride_x_outer, stride_x_middle, stride_x_inner,
     size_gate_middle, size_gate_inner, stride_gate_outer, stride_gate_middle, stride_gate_inner,
     N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
-    HELD: tl.constexpr, WEIGHTS: tl.constexpr, GATE_FIRST: tl.constexpr,
+    HELD: tl.constexpr, STAGES: tl.constexpr, WEIGHTS: tl.constexpr, GATE_FIRST: tl.constexpr,
     ACTIVATION: tl.constexpr, OFFSET: tl.constexpr, WIDE: tl.constexpr, ON: tl.constexpr,
 ):  # fmt: skip
     """Program p takes rows of weight p % WEIGHTS, every num_programs / WEIGHTS-th tile of them."""
@@ -217,7 +218,6 @@ def gated_rms_norm_backward_kernel(
     sums = ()
     for _chunk in tl.static_range(CHUNKS):
         sums += (zeros(ROWS, BLOCK, WIDE),)
-    STAGES: tl.constexpr = 2 if HELD else 1  # the next rows are on their way meanwhile
     num_tiles = tl.cdiv(num_rows // WEIGHTS, ROWS)
     step = tl.num_programs(0) // WEIGHTS
     for tile in tl.range(tl.program_id(0) // WEIGHTS, num_tiles, step, num_stages=STAGES):
@@ -368,5 +368,6 @@ def _tile_for(
     if plan.compute == torch.float64:
         dtype = plan.compute
     # With the gate, a row takes the registers of two norms.
-    tile = BackwardLaunch.for_shape(x.shape[-1], num_rows(x), dtype, norms=2)
+    sizes: Any = {"norms": 2, "operands": 3, "shared_memory": shared_memory(x.device)}
+    tile = BackwardLaunch.for_shape(x.shape[-1], num_rows(x), dtype, **sizes)
     return replace(tile, programs=triton.cdiv(tile.programs, weights))

@@ -51,7 +51,7 @@ from normfuse.ops.kernels.rows import (
 )
 from normfuse.ops.kernels.sequences_backward import Sequences, depth_of, partial_sums, sum_up
 from normfuse.ops.kernels.tile import device_of, eager
-from normfuse.ops.kernels.tile_backward import BackwardLaunch, offset_of
+from normfuse.ops.kernels.tile_backward import BackwardLaunch, offset_of, shared_memory
 
 if TYPE_CHECKING:
     from normfuse.ops.rounding import RoundingPlan
@@ -161,7 +161,8 @@ def modulated_rms_norm_backward_kernel(
     size_scale_middle, size_scale_inner,
     stride_scale_outer, stride_scale_middle, stride_scale_inner,
     N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
-    HELD: tl.constexpr, IS_SHARED: tl.constexpr, SCALE_OFFSET: tl.constexpr, OFFSET: tl.constexpr,
+    HELD: tl.constexpr, STAGES: tl.constexpr, IS_SHARED: tl.constexpr,
+    SCALE_OFFSET: tl.constexpr, OFFSET: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
     """Each sequence of num_rows rows has num_programs programs; IS_SHARED if it has one scale."""
@@ -173,7 +174,6 @@ def modulated_rms_norm_backward_kernel(
     for _chunk in tl.static_range(CHUNKS):
         sums += (zeros(ROWS, BLOCK, WIDE),)
         shift_sums += (zeros(ROWS, BLOCK, WIDE),)
-    STAGES: tl.constexpr = 2 if HELD else 1  # the next rows are on their way meanwhile
     # Hoisted out of the loop, addresses would take the registers of wide rows: they spill.
     for tile in tl.range(
         start, tl.cdiv(num_rows, ROWS), num_programs, num_stages=STAGES, disable_licm=True
@@ -368,4 +368,5 @@ def _tile_for(
     if plan.compute == torch.float64:
         dtype = plan.compute
     # Two sums are held: a row takes the registers of two norms.
-    return BackwardLaunch.for_shape(x.shape[-1], num_rows(x), dtype, norms=2)
+    sizes: Any = {"norms": 2, "operands": 2, "shared_memory": shared_memory(x.device)}
+    return BackwardLaunch.for_shape(x.shape[-1], num_rows(x), dtype, **sizes)

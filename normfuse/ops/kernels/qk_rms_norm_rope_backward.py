@@ -44,6 +44,9 @@ if TYPE_CHECKING:
 MAX_WIDTH = 1024  # of rows that do not turn; wider ones have a kernel that holds them in chunks
 
 
+STAGES = tl.constexpr(3)  # one tile is worked on, and two are on their way
+
+
 @triton.jit
 def _turned_back(
     grad_a, grad_b, cos_ptr, sin_ptr, stride_table, pair, cols_a, cols_b, mask,
@@ -93,7 +96,7 @@ def _rows(
     weights = ()
     for part in tl.static_range(NUM_PARTS):
         weights += (load_weight(weight_ptr, parts[part], N),)
-    for tile in tl.range(program, tl.cdiv(num_rows, ROWS), num_programs, num_stages=2):
+    for tile in tl.range(program, tl.cdiv(num_rows, ROWS), num_programs, num_stages=STAGES):
         row = row_of_tile(tile, ROWS)
         is_row = row < num_rows
         x_row = x_ptr + row_start(

@@ -124,7 +124,7 @@ def rms_norm_add_rms_norm_backward_kernel(
     grad_x_ptr, grad_residual_ptr, partial_1_ptr, partial_2_ptr,
     num_rows, stride_grad_y_row, stride_grad_total_row, stride_x_row, stride_total_row,
     N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
-    HELD: tl.constexpr, OFFSET_1: tl.constexpr, OFFSET_2: tl.constexpr,
+    HELD: tl.constexpr, STAGES: tl.constexpr, OFFSET_1: tl.constexpr, OFFSET_2: tl.constexpr,
     BRANCH_SCALE: tl.constexpr, TOTAL_SCALE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Each program takes every num_programs-th tile of rows."""
@@ -140,7 +140,6 @@ def rms_norm_add_rms_norm_backward_kernel(
         sums_2 += (zeros(ROWS, BLOCK, WIDE),)
         weights_1 += (load_weight(weight_1_ptr, chunk * BLOCK + all_cols, N),)
         weights_2 += (load_weight(weight_2_ptr, chunk * BLOCK + all_cols, N),)
-    STAGES: tl.constexpr = 2 if HELD else 1  # the next rows are on their way meanwhile
     num_tiles = tl.cdiv(num_rows, ROWS)
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), num_stages=STAGES):
         row = row_of_tile(tile, ROWS)
@@ -229,7 +228,7 @@ def _launch(
         for operand in operands
     ]
     dtype = torch.promote_types(plan_1.compute, torch.float32)
-    tile = tile or launch_for(x, operands[0], plan_1, norms=2)
+    tile = tile or launch_for(x, operands[0], plan_1, norms=2, operands=len(operands))
     partials = [partial_sums(weight, tile, dtype) for weight in learned]
     with device_of(x, wrap):
         wrap(rms_norm_add_rms_norm_backward_kernel)[(tile.programs,)](

@@ -99,7 +99,7 @@ def rms_norm_backward_kernel(
     grad_x_ptr, grad_residual_ptr, partial_ptr,
     num_rows, stride_grad_y_row, stride_grad_total_row, stride_x_row,
     N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
-    HELD: tl.constexpr, SHARE: tl.constexpr, OFFSET: tl.constexpr,
+    HELD: tl.constexpr, STAGES: tl.constexpr, SHARE: tl.constexpr, OFFSET: tl.constexpr,
     BRANCH_SCALE: tl.constexpr, TOTAL_SCALE: tl.constexpr, SUM: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Each program takes every num_programs-th tile of rows; SHARE is 1 / N, or 1 for an L2 norm"""
@@ -111,8 +111,6 @@ def rms_norm_backward_kernel(
     for chunk in tl.static_range(CHUNKS):
         sums += (zeros(ROWS, BLOCK, WIDE),)
         weights += (load_weight(weight_ptr, chunk * BLOCK + all_cols, N),)
-    # Two stages: the next rows are on their way while these are reduced.
-    STAGES: tl.constexpr = 2 if HELD else 1
     num_tiles = tl.cdiv(num_rows, ROWS)
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), num_stages=STAGES):
         row = row_of_tile(tile, ROWS)
@@ -219,7 +217,7 @@ def launch_beside(
     if grad_total is not None:
         grad_total, stride_grad_total = addressed_by_one_stride(grad_total, order, like)
     dtype = torch.promote_types(plan.compute, torch.float32)
-    tile = tile or launch_for(x, grad_y, plan)
+    tile = tile or launch_for(x, grad_y, plan, operands=2 if grad_total is None else 3)
     partial = partial_sums(learned, tile, dtype)
     scale_tensors = (None, None) if beside.scales is None else beside.scales[:2]
     with device_of(x, wrap):

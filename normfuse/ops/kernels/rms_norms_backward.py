@@ -130,7 +130,7 @@ def rms_norms_backward_kernel(
     num_rows, stride_x_row,
     stride_grad_1_row, stride_grad_2_row, stride_grad_3_row, stride_grad_4_row,
     N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
-    HELD: tl.constexpr, SHARE: tl.constexpr,
+    HELD: tl.constexpr, STAGES: tl.constexpr, SHARE: tl.constexpr,
     OFFSET_1: tl.constexpr, OFFSET_2: tl.constexpr, OFFSET_3: tl.constexpr, OFFSET_4: tl.constexpr,
     SCALE_1: tl.constexpr, SCALE_2: tl.constexpr, SCALE_3: tl.constexpr, SCALE_4: tl.constexpr,
     WIDE: tl.constexpr,
@@ -146,7 +146,6 @@ def rms_norms_backward_kernel(
         weights_2 = load_weights(grad_2_ptr, weight_2_ptr, all_cols, N, BLOCK, CHUNKS)
         weights_3 = load_weights(grad_3_ptr, weight_3_ptr, all_cols, N, BLOCK, CHUNKS)
         weights_4 = load_weights(grad_4_ptr, weight_4_ptr, all_cols, N, BLOCK, CHUNKS)
-    STAGES: tl.constexpr = 2 if HELD else 1  # the next rows are on their way meanwhile
     num_tiles = tl.cdiv(num_rows, ROWS)
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), num_stages=STAGES):
         row = row_of_tile(tile, ROWS)
@@ -233,7 +232,7 @@ def _launch(
     pairs = [addressed_by_one_stride(operand, order, like) for operand in (x, *grads)]
     dtype = torch.promote_types(plan.compute, torch.float32)
     widest = max(grads, key=lambda grad: grad.dtype.itemsize)
-    tile = tile or launch_for(x, widest, plan, norms=len(grads))
+    tile = tile or launch_for(x, widest, plan, norms=len(grads), operands=1 + len(grads))
     partials = [partial_sums(weight, tile, dtype) for weight in learned]
     with device_of(x, wrap):
         wrap(rms_norms_backward_kernel)[(tile.programs,)](

@@ -36,8 +36,8 @@ class Launch:
         num_warps: warps of a program.
         few: how rows are read if there are fewer than `MANY_ROWS`.
         many: how they are read otherwise.
-        programs: at most so many, which take rows by turns, with the next ones on their way, and
-            read "ahead held"; 0 for as many as there are rows to share.
+        programs: of at least `MANY_ROWS`, which take rows by turns, with the next ones on their
+            way, and read "ahead held"; 0 for as many as there are rows to share.
     """
 
     rows: int
@@ -97,16 +97,15 @@ class Launch:
         """The kernel's constants for `num_rows` rows of `cols` elements; rows may be symbolic."""
         reads = self.few
         if known(num_rows >= MANY_ROWS):
-            reads = self.many
+            reads = f"{self.many} looped" if self.programs else self.many
         elif not known(num_rows < MANY_ROWS):
             reads = " ".join(word for word in self.few.split() if word != "streamed")
-        if self.programs:
-            reads = f"{reads} looped"
         return {"N": cols, "ROWS": self.rows, "BLOCK": self.block, "READS": f"{reads} {target()}"}
 
     def grid(self, num_rows: int) -> tuple[int]:
         turns = (num_rows + self.rows - 1) // self.rows
-        return (torch.sym_min(turns, self.programs) if self.programs else turns,)
+        is_looped = self.programs and known(num_rows >= MANY_ROWS)
+        return (min(turns, self.programs) if is_looped else turns,)
 
 
 def eager(kernel: Any) -> Any:

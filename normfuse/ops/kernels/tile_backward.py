@@ -20,12 +20,23 @@ if TYPE_CHECKING:
 # The multiprocessors of an H100 or H200. Every GPU gets a multiple of this many programs: the order
 # in which gradients are summed, and so their bits, depend on the shape alone.
 PROGRAMS = 132
-WARPS = 16  # that the programs of a multiprocessor have together
+# One row is worked on, and two are on their way: with one, a program waits for it. On an H200 the
+# gradients of a sandwich took 1.05 to 1.8 times as long with two stages as with three
+# (benchmarks/results/backward_launches_h200.json).
+STAGES = 3
+# Of rows on their way, a multiprocessor has more than this while its programs work on others: what
+# the memory delivers in the time of a request, twice over. Fewer programs wait for the memory, and
+# more write partial sums for nothing (the same record).
+BYTES_AHEAD = 48 * 1024
+ROWS_EACH = 4  # at least, of a program, where a multiprocessor has several
+# What a program may keep of rows on their way where no GPU says: an H100's.
+SHARED_MEMORY = 227 * 1024
 
 # By the bytes of an element: how many of a chunk a lane takes, and how many chunks of a row it
-# holds in a kernel of one norm, or of two. No held row spills registers on sm_90 or gfx942
+# holds in a kernel of one norm; of two, or of two things in the same registers; and of these where
+# 512 threads share a row, and the registers. No held row spills on sm_90 or gfx942
 # (tests/kernels/test_cross_compile_backward.py).
-LANES = {2: (8, (3, 2)), 4: (4, (4, 3)), 8: (2, (4, 2))}
+LANES = {2: (8, (3, 4, 2)), 4: (4, (4, 3, 3)), 8: (2, (4, 2, 2))}
 # The same of three norms or four, whose threads need so many registers that 256 take all there are.
 MANY_NORMS = {2: (4, 4), 4: (4, 3), 8: (2, 3)}
 
@@ -45,6 +56,7 @@ class BackwardLaunch:
             registers; else it goes through a row chunk by chunk, and adds the sums up in memory.
         num_warps: of a program.
         programs: at most as many as there are tiles.
+        stages: of the loop over held rows: all but one are rows that are on their way meanwhile.
     """
 
     rows: int
@@ -53,6 +65,7 @@ class BackwardLaunch:
     held: bool
     num_warps: int
     programs: int
+    stages: int = STAGES
 
     @classmethod
     def for_shape(
@@ -62,7 +75,9 @@ class BackwardLaunch:
         dtype: torch.dtype,
         *,
         norms: int = 1,
+        operands: int = 2,
         warp_size: int = WARP_SIZE,
+        shared_memory: int = SHARED_MEMORY,
     ) -> BackwardLaunch:
         """The launch for rows of `cols` elements.
 
@@ -71,21 +86,24 @@ class BackwardLaunch:
             num_rows: may be symbolic.
             dtype: the widest type of the operands and of the sums.
             norms: how many norms have a row in the registers at once.
+            operands: how many tensors as large as the gradient are read.
             warp_size: lanes of a warp.
+            shared_memory: the bytes that a program may have; decides in how many stages rows are
+                read, which changes no bit.
         """
-        lane, most, choices = _choices(dtype.itemsize, norms)
+        lane, choices = _choices(dtype.itemsize, norms)
         if cols <= 64 * lane:
             block = triton.next_power_of_2(cols)
-            rows, chunks, threads = 256 * lane // block, 1, 128
+            rows, chunks, threads, held = 256 * lane // block, 1, 128, True
         else:
-            fitting = [t for t in choices if triton.cdiv(cols, t * lane) <= most]
-            threads = fitting[0] if fitting else choices[-1]
+            fitting = [t for t, most in choices.items() if triton.cdiv(cols, t * lane) <= most]
+            threads, held = (fitting[0], True) if fitting else (max(choices), False)
             block = threads * lane
             rows, chunks = 1, triton.cdiv(cols, block)
-        held = chunks <= most
-        num_tiles = (num_rows + rows - 1) // rows
-        programs = _num_programs(num_rows, threads // 32, num_tiles)
-        return cls(rows, block, chunks, held, threads // warp_size, programs)
+        tile_bytes = rows * block * chunks * dtype.itemsize * operands
+        programs = num_programs(num_rows, rows, tile_bytes)
+        stages = STAGES if (STAGES - 1) * tile_bytes < shared_memory else STAGES - 1
+        return cls(rows, block, chunks, held, threads // warp_size, programs, stages)
 
     def constants(self) -> dict[str, Any]:
         """The constants of a kernel."""
@@ -94,32 +112,58 @@ class BackwardLaunch:
             "BLOCK": self.block,
             "CHUNKS": self.chunks if self.held else 1,
             "HELD": self.held,
+            "STAGES": self.stages if self.held else 1,
         }
 
 
-def _choices(itemsize: int, norms: int) -> tuple[int, int, tuple[int, ...]]:
-    """Elements of a lane, chunks that are held of a row, and how many threads may share it."""
+def _choices(itemsize: int, norms: int) -> tuple[int, dict[int, int]]:
+    """Elements of a lane, and how many chunks of a row are held by so many threads that share it"""
     if norms > 2:
-        return *MANY_NORMS[itemsize], (128, 256)
-    lane, chunks = LANES[itemsize]
-    return lane, chunks[norms - 1], (128, 256, 512)
+        lane, most = MANY_NORMS[itemsize]
+        return lane, {128: most, 256: most}
+    lane, (of_one, of_two, of_two_shared) = LANES[itemsize]
+    if norms == 1:
+        return lane, {128: of_one, 256: of_one, 512: of_one}
+    return lane, {128: of_two, 256: of_two, 512: of_two_shared}
 
 
 def launch_for(
-    x: torch.Tensor, grad: torch.Tensor | None, plan: RoundingPlan, *, norms: int = 1
+    x: torch.Tensor,
+    grad: torch.Tensor | None,
+    plan: RoundingPlan,
+    *,
+    norms: int = 1,
+    operands: int = 2,
 ) -> BackwardLaunch:
     """The launch for a norm of x (..., N) and the gradient of its result."""
     dtype = x.dtype if grad is None else torch.promote_types(x.dtype, grad.dtype)
     if plan.compute == torch.float64:
         dtype = plan.compute
-    return BackwardLaunch.for_shape(x.shape[-1], num_rows(x), dtype, norms=norms)
+    sizes: Any = {"norms": norms, "operands": operands, "shared_memory": shared_memory(x.device)}
+    return BackwardLaunch.for_shape(x.shape[-1], num_rows(x), dtype, **sizes)
 
 
-def _num_programs(num_rows: Any, warps: int, num_tiles: Any) -> int:
-    """More programs for more rows, so that writing partial sums stays a small part of it."""
+def shared_memory(device: torch.device) -> int:
+    """The bytes that a program may have on a device."""
+    if device.type != "cuda":
+        return SHARED_MEMORY
+    found = torch.cuda.get_device_properties(device)
+    return int(getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block))
+
+
+def num_programs(num_rows: Any, rows: int, tile_bytes: int) -> Any:
+    """As many programs as keep the memory busy, but few rows do not make more partial sums.
+
+    Args:
+        num_rows: may be symbolic.
+        rows: of a tile.
+        tile_bytes: what is read of a tile.
+    """
     if not isinstance(num_rows, int):
         return PROGRAMS  # symbolic: a program without rows adds zeros
-    each = max(1, min(WARPS // warps, num_rows // 2048))
+    num_tiles = (num_rows + rows - 1) // rows
+    busy = BYTES_AHEAD // ((STAGES - 1) * tile_bytes) + 1
+    each = max(1, min(busy, num_tiles // (ROWS_EACH * PROGRAMS)))
     return min(PROGRAMS * each, num_tiles)
 
 

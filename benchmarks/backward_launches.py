@@ -1,0 +1,229 @@
+"""Which launch of a backward is fastest: what normfuse/ops/kernels/launches.py holds of them.
+
+    python benchmarks/backward_launches.py --time-limit 150 --out backward_launches.json
+    python benchmarks/backward_launches.py --ops sandwich --widths 4096 --rows 8192
+
+Every candidate is compiled beforehand, in many processes, and timed with cold caches beside the
+launch that ships: both stages, weight gradients included. A candidate is how many elements of a
+chunk a lane takes, how many threads share a row, in how many stages rows are loaded, and how many
+programs a multiprocessor gets. Those that spill registers take no part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import product
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from rich.progress import track
+
+from normfuse.cli.bench.peers import one_line
+from normfuse.cli.bench.record import environment
+from normfuse.cli.bench.timing import Clock, CudaClock, DryClock
+from normfuse.ops.residual_sum import Scales
+from normfuse.ops.rounding import RoundingPlan
+
+DTYPE = torch.bfloat16
+WIDTHS = (4096, 2816, 5376, 8192, 2048, 2560, 1024, 16384)
+ROWS = (2048, 8192, 32768)
+# op: tensors as large as an activation that a backward reads, and writes.
+OPS = {"norm": (2, 1), "add": (3, 1), "sandwich": (4, 2)}
+SMS = 132
+SAMPLES = 5
+
+Record = dict[str, Any]
+
+
+class Candidate(NamedTuple):
+    """Elements of a lane in a chunk, threads of a row, stages; programs of a multiprocessor."""
+
+    lane: int
+    threads: int
+    stages: int
+    each: int = 1
+
+    @property
+    def kernel(self) -> Candidate:
+        """The number of programs is no constant of a kernel."""
+        return self._replace(each=1)
+
+
+def candidates(width: int) -> Iterator[Candidate]:
+    """Those whose chunks end near the end of a row, with 8 to 40 elements of it in a thread."""
+    for lane, threads, stages in product((4, 8), (128, 256, 512, 1024), (2, 3, 4)):
+        chunks = -(-width // (lane * threads))
+        fits = chunks * lane * threads < width + max(width // 2, lane * threads)
+        if fits and chunks <= 6 and chunks * lane <= 40:
+            for each in (1, 2, 3, 4, 6):
+                if each * threads <= 2048:
+                    yield Candidate(lane, threads, stages, each)
+
+
+def tile_of(candidate: Candidate, width: int, rows: int) -> Any:
+    from normfuse.ops.kernels.tile_backward import BackwardLaunch
+
+    lane, threads, stages, each = candidate
+    chunks = -(-width // (lane * threads))
+    programs = min(SMS * each, rows)
+    return BackwardLaunch(1, lane * threads, chunks, True, threads // 32, programs, stages)
+
+
+def operands(op: str, width: int, rows: int, device: Any) -> tuple[torch.Tensor, ...]:
+    """Activations, then weights, then rstds."""
+    num_weights = 2 if op == "sandwich" else 1
+    tensors = [torch.randn(rows, width, device=device).to(DTYPE) for _ in range(OPS[op][0])]
+    tensors += [torch.randn(width, device=device).to(DTYPE) + 1 for _ in range(num_weights)]
+    return *tensors, *(torch.rand(rows, 1, device=device) + 0.5 for _ in range(num_weights))
+
+
+def launched(op: str, tile: Any, *tensors: torch.Tensor, wrap: Any = None) -> Sequence[Any]:
+    """The gradients of one op, by a launch of the caller's choice or the one that ships."""
+    from normfuse.ops.kernels import (
+        add_rms_norm_backward,
+        rms_norm_add_rms_norm_backward,
+        rms_norm_backward,
+    )
+    from normfuse.ops.kernels.tile import eager
+
+    plan = RoundingPlan.before_weight(DTYPE, DTYPE)
+    how: Any = {"tile": tile, "wrap": wrap or eager}
+    if op == "norm":
+        grad, x, weight, rstd = tensors
+        return rms_norm_backward.launch(grad, x, weight, rstd, 0.0, plan, [True] * 2, **how)
+    if op == "add":
+        grad, grad_total, total, weight, rstd = tensors
+        # One gradient serves both operands of the sum, as autograd asks for it.
+        return add_rms_norm_backward.launch(
+            grad, grad_total, total, weight, rstd, Scales(), 0.0, plan, (DTYPE, DTYPE),
+            [True, False, True], **how,
+        )  # fmt: skip
+    grad, grad_total, x, total, weight_1, weight_2, rstd_1, rstd_2 = tensors
+    norms = ((weight_1, rstd_1, 0.0, plan), (weight_2, rstd_2, 0.0, plan))
+    return rms_norm_add_rms_norm_backward.launch(
+        grad, grad_total, x, total, norms, Scales(), DTYPE, [True] * 4, **how
+    )
+
+
+class _Watch:
+    """Stands where kernels are launched, and keeps what became of the first."""
+
+    def __init__(self) -> None:
+        self.compiled: Any = None
+
+    def __call__(self, kernel: Any) -> Any:
+        watch = self
+
+        class Launcher:
+            def __getitem__(self, grid: Any) -> Callable[..., None]:
+                def launch(*arguments: Any, **keywords: Any) -> None:
+                    compiled = kernel[grid](*arguments, **keywords)
+                    watch.compiled = watch.compiled or compiled
+
+                return launch
+
+        return Launcher()
+
+
+def compile_one(job: tuple[str, int, Candidate | None]) -> tuple[Any, Record]:
+    """Leaves one kernel in the caches on disk; its registers, and those that it spills."""
+    op, width, candidate = job
+    watch = _Watch()
+    try:
+        tile = None if candidate is None else tile_of(candidate, width, 256)
+        launched(op, tile, *operands(op, width, 256, "cuda"), wrap=watch)
+        torch.cuda.synchronize()
+    except Exception as error:  # shared memory, say: the candidate takes no part
+        return job, {"failure": one_line(error)}
+    return job, {"registers": watch.compiled.n_regs, "spilled": watch.compiled.n_spills}
+
+
+def compile_all(jobs: list[Any], workers: int) -> dict[Any, Record]:
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        found = pool.imap_unordered(compile_one, jobs)
+        return dict(track(found, description="compiling", total=len(jobs)))
+
+
+def measured(
+    op: str, width: int, rows: int, tried: list[Candidate | None], clock: Clock
+) -> list[list[Any]]:
+    """[us, *candidate], fastest first; the launch that ships is alone with its time."""
+    size = 2 * sum(OPS[op]) * rows * width
+    rotation, _ = clock.rotations(size)
+    sets = [operands(op, width, rows, clock.device) for _ in range(rotation.num_sets)]
+    times = []
+    with clock.session(), torch.no_grad():
+        for one in tried:
+            call = partial(launched, op, None if one is None else tile_of(one, width, rows))
+            if clock.device.type != "cuda":
+                call = lambda *tensors: tensors  # noqa: E731
+            call(*sets[0])
+            results: list[Any] = [None] * len(sets)
+            recording = clock.record(call, sets, rotation.cycles, results)
+            us = median(clock.samples(recording, rotation, SAMPLES))
+            times.append([us, *(one or ())])
+    return sorted(times)
+
+
+def parsed(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ops", nargs="+", default=list(OPS), choices=list(OPS))
+    parser.add_argument("--widths", nargs="+", type=int, default=list(WIDTHS))
+    parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
+    parser.add_argument("--time-limit", type=float, default=float("inf"), metavar="SECONDS")
+    parser.add_argument("--dry-run", action="store_true", help="no GPU; the times are made up")
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parsed(argv)
+    end = time.monotonic() + arguments.time_limit
+    clock: Clock = DryClock() if arguments.dry_run else CudaClock()
+    plan = list(product(arguments.widths, arguments.ops))
+    jobs = [
+        (op, width, kernel)
+        for width, op in plan
+        for kernel in [None, *dict.fromkeys(one.kernel for one in candidates(width))]
+    ]
+    kernels = {} if arguments.dry_run else compile_all(jobs, arguments.workers)
+    record: Record = {
+        **environment(" ".join(["python benchmarks/backward_launches.py", *sys.argv[1:]])),
+        "is_dry": arguments.dry_run,
+        "fields": ["us", *Candidate._fields],
+        "kernels": [[*job[:2], job[2], found] for job, found in kernels.items()],
+        "cells": {},
+    }
+    for (width, op), rows in track(list(product(plan, arguments.rows)), description="measuring"):
+        if time.monotonic() > end:
+            break
+        tried = [None, *(one for one in candidates(width) if _runs(kernels, op, width, one))]
+        name = f"{op} {rows} x {width}"
+        times = measured(op, width, rows, tried, clock)
+        record["cells"][name] = times
+        ships = next(row[0] for row in times if len(row) == 1)
+        print(f"{name}: ships {ships:.1f} us;", *(f"{t:.1f} {one}" for t, *one in times[:4]))
+    if arguments.out is not None:
+        arguments.out.write_text(json.dumps(record) + "\n")
+
+
+def _runs(kernels: dict[Any, Record], op: str, width: int, one: Candidate) -> bool:
+    """Whether it compiled, spills nothing, and all its programs have registers at once."""
+    found = kernels.get((op, width, one.kernel), {"spilled": 0, "registers": 32})
+    if found.get("spilled") != 0:
+        return False
+    return one.each == 1 or one.each * one.threads * -(-found["registers"] // 8) * 8 <= 65536
+
+
+if __name__ == "__main__":
+    main()
