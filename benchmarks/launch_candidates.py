@@ -1,4 +1,4 @@
-"""Which cells `launches.py` measures, and which launches it tries in each: three presets."""
+"""Which cells `launches.py` measures, and which launches it tries in each: two presets."""
 
 from __future__ import annotations
 
@@ -6,14 +6,9 @@ from collections.abc import Iterator
 from itertools import product
 from typing import NamedTuple
 
-import torch
-
 from normfuse.cli.bench.cells import QK, Cell
-from normfuse.ops.kernels.launches import MANY_ROWS
-from normfuse.ops.kernels.tile import Launch
 
 ROWS = (16, 64, 512, 4096, 16384)
-LOOPED_WIDTHS = (5376, 4096, 8192, 2816, 2560, 1152, 5120, 7168)
 WIDTHS = (1024, 2048, 2816, 4096, 5376, 8192, 16384)
 SHORT = (64, 128, 256, 512)  # heads
 HEADS = {"l2_norm": (16,), "gated_rms_norm": (32,)}  # of a token, where rows are short
@@ -32,7 +27,6 @@ OPS = (
 )
 WITH_RESIDUAL = ("rms_norm_add", SANDWICH, DUAL, "dual_rms_norm_add_rms_norm")
 READS = ("held", "ahead held", "ahead held streamed")
-SMS = 132  # of an H100 or H200; the number of programs changes no bit elsewhere
 
 
 class Candidate(NamedTuple):
@@ -45,7 +39,6 @@ class Candidate(NamedTuple):
     block: int
     num_warps: int
     reads: str
-    programs: int = 0
 
     @property
     def order(self) -> tuple[int, ...]:
@@ -66,13 +59,8 @@ def whole(ops: list[str], widths: list[int] | None) -> Plan:
     return plan
 
 
-def block_of(width: int) -> int:
-    """The power of two that holds a row."""
-    return 1 << (width - 1).bit_length()
-
-
 def _ordinary(width: int) -> Iterator[Candidate]:
-    block = block_of(width)
+    block = 1 << (width - 1).bit_length()
     if width <= 512:
         for elements, share, reads in product((512, 1024, 2048, 4096), (8, 16, 32), READS[:2]):
             if elements >= block and elements >= share * 32:
@@ -106,9 +94,7 @@ def weak(ops: list[str], widths: list[int] | None) -> Plan:
     plan = []
     for op, width, dtype, some_rows in WEAK:
         tried = list(dict.fromkeys(_unusual(op, width, dtype)))
-        for rows in some_rows:
-            fitting = [one for one in tried if not one.programs or rows >= MANY_ROWS]
-            plan.append((Cell(op, rows, width, dtype=dtype), fitting))
+        plan += [(Cell(op, rows, width, dtype=dtype), tried) for rows in some_rows]
     for (heads, width), rows in product(WEAK_HEADS, (64, 4096)):
         sizes = product((512, 1024, 2048, 4096), (2, 4, 8))
         tiles = [Candidate(0, size, warps, "") for size, warps in sizes if size >= 128 * warps]
@@ -140,47 +126,21 @@ def _wide(op: str, width: int) -> Iterator[Candidate]:
         yield from (Candidate(1, block, 32, "held") for block in (8192, 16384, width))
     if width == 32768:
         yield Candidate(1, 8192, 32, "ahead held")
-    if op == "add_rms_norm":
-        yield from (Candidate(1, 8192, warps, "late held") for warps in (16, 32))
     if op in WITH_RESIDUAL and width == 32768:
         yield from (Candidate(1, 8192, warps, "beside held") for warps in (16, 32))
     for block, warps in ((8192, 32), (8192, 16), (4096, 16), (4096, 8), (2048, 8)):
         yield Candidate(1, block, warps, "")
-    if width == 32768:
-        yield from (Candidate(1, 8192, warps, "ahead held", SMS) for warps in (16, 32))
 
 
 def _common(op: str, width: int, vector: int) -> Iterator[Candidate]:
-    """One or several vectors of a row for each lane; read at once, or row after row."""
-    block = block_of(width)
+    """One or several vectors of a row for each lane."""
+    block = 1 << (width - 1).bit_length()
     residual = ("beside held",) if op in WITH_RESIDUAL else ()
     for warps in (2, 4, 8, 16):
         if not 8 <= width / (32 * warps) <= 40:
             continue
         for tile in sorted({min(block, vector * 32 * warps), min(block, 4 * vector * 32 * warps)}):
-            for reads in (*READS[:2], *residual, "ahead held flushed"):
-                yield Candidate(1, tile, warps, reads)
-            yield from (Candidate(1, tile, warps, "ahead held", SMS * k) for k in (1, 2, 4))
+            yield from (Candidate(1, tile, warps, reads) for reads in (*READS[:2], *residual))
 
 
-LOOPED = ("rms_norm", "add_rms_norm", SANDWICH, DUAL, "rms_norms")
-
-
-def loops(ops: list[str], widths: list[int] | None) -> Plan:
-    """Many rows, taken by turns by few programs: the order of summing that ships, and others."""
-    plan = []
-    for op, width in product([op for op in ops if op in LOOPED], widths or LOOPED_WIDTHS):
-        ships = Launch.for_shape(width, torch.bfloat16, torch.float32, op=op)
-        orders = [(ships.block, ships.num_warps)]
-        orders += [(min(256 * warps, block_of(width)), warps) for warps in (4, 8, 16)]
-        orders = [one for one in dict.fromkeys(orders) if 8 <= width / (32 * one[1]) <= 40]
-        tried = [
-            Candidate(1, block, warps, "ahead held", SMS * each)
-            for (block, warps), each in product(orders, (1, 2, 3, 4, 6))
-            if each * warps <= 32
-        ]
-        plan += [(Cell(op, rows, width), tried) for rows in (4096, 16384)]
-    return plan
-
-
-PRESETS = {"whole": whole, "weak": weak, "loops": loops}
+PRESETS = {"whole": whole, "weak": weak}

@@ -82,8 +82,7 @@ def launched(
         tile = HeadsLaunch(candidate.block, candidate.num_warps)
         choice = mock.patch.object(HeadsLaunch, "for_slots", return_value=tile)
     elif candidate is not None:
-        ways = (candidate.reads, candidate.reads, candidate.programs)
-        launch = Launch(candidate.rows, candidate.block, candidate.num_warps, *ways)
+        launch = Launch(*candidate, candidate.reads)
         choice = mock.patch.object(Launch, "for_shape", return_value=launch)
 
     def call(*operands: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -153,7 +152,7 @@ def _kernel(cell: Cell, candidate: Candidate | str | None) -> Any:
 
 def _plain(cell: Cell, candidate: Candidate) -> Candidate:
     """The launch that sums in the same order and is simplest: held, or read again."""
-    return candidate._replace(reads="" if cell.width > 32768 else "held", programs=0)
+    return candidate._replace(reads="" if cell.width > 32768 else "held")
 
 
 class Trial:
@@ -262,7 +261,7 @@ def _entry(cells: dict[str, Record]) -> Record | None:
     if not gains:
         return None
     order = max(gains, key=gains.__getitem__)
-    reads = {name: [*row[4:], row[0]] for name, row in orders[order].items()}
+    reads = {name: Candidate(*row[1:]).reads for name, row in orders[order].items()}
     return {"order": order, "gain": gains[order] ** (1 / len(cells)), "reads": reads}
 
 

@@ -40,7 +40,7 @@ def changed(change):
         ("rms_norm", "y_ptr += row * N", "y_ptr += row * (N + 1)", {"rms_norm"}),
         ("chunks", "index * BLOCK +", "BLOCK * index +", {"rms_norm", "add_rms_norm"}),
         ("slots", "SLOTS = 3", "SLOTS = 4", {"qk_rms_norm_rope"}),
-        ("tile", "VECTOR = 8 ", "VECTOR = 4 ", {"rms_norm", "add_rms_norm"}),
+        ("tile", "VECTOR_BYTES = 16 ", "VECTOR_BYTES = 8 ", {"rms_norm", "add_rms_norm"}),
         ("tile", "MAX_THREADS = 1024", "MAX_THREADS = 512", set(OPS[:3])),
     ],
 )

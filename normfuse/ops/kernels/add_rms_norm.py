@@ -23,15 +23,12 @@ import triton
 import triton.language as tl
 
 from normfuse.ops.kernels.chunks import (
-    STAGES,
     fenced,
     load_tiles,
-    load_weights,
     narrowed,
     num_tiles,
     num_tiles_read,
     row_of,
-    says,
     store_tile,
     tile_at,
 )
@@ -42,7 +39,6 @@ from normfuse.ops.kernels.row import (
     residual_sum,
     root_of,
     row_index,
-    row_of_tile,
     squares,
     step,
     store_inverse_root,
@@ -88,9 +84,7 @@ def _total(
 
 
 @triton.jit
-def _norm_rows(
-    row,
-    weights,
+def add_rms_norm_kernel(
     x_ptr,
     residual_ptr,
     weight_ptr,
@@ -113,6 +107,7 @@ def _norm_rows(
     OFFSET: tl.constexpr,
     PLAN: tl.constexpr,
 ):
+    row = row_index(ROWS)
     is_row = row < num_rows
     x_ptr += row * stride_x_row
     residual_ptr += row * stride_residual_row
@@ -121,8 +116,7 @@ def _norm_rows(
     weight_ptr = row_of(weight_ptr, row, 0)
     xs = load_tiles(x_ptr, is_row, N, BLOCK, READS, "early")
     residuals = load_tiles(residual_ptr, is_row, N, BLOCK, READS, "early")
-    if not says(READS, "looped"):
-        weights = load_tiles(weight_ptr, None, N, BLOCK, READS, "ahead")
+    weights = load_tiles(weight_ptr, None, N, BLOCK, READS, "ahead")
     branch_scale = load_scale(branch_scale_ptr)
     total_scale = load_scale(total_scale_ptr)
     sums = zero_sums(ROWS, BLOCK, PLAN)
@@ -149,49 +143,6 @@ def _norm_rows(
         y = normalised(total, root, weight, OFFSET, PLAN, False)
         store_tile(y_ptr, y, is_row, index, N, BLOCK, READS)
     store_inverse_root(rstd_ptr, root, row, num_rows, PLAN)
-
-
-@triton.jit
-def add_rms_norm_kernel(
-    x_ptr,
-    residual_ptr,
-    weight_ptr,
-    branch_scale_ptr,
-    total_scale_ptr,
-    y_ptr,
-    total_ptr,
-    rstd_ptr,
-    num_rows,
-    stride_x_row,
-    stride_residual_row,
-    N: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    READS: tl.constexpr,
-    BRANCH_SCALE: tl.constexpr,
-    TOTAL_SCALE: tl.constexpr,
-    SUM: tl.constexpr,
-    EPS: tl.constexpr,
-    OFFSET: tl.constexpr,
-    PLAN: tl.constexpr,
-):
-    if says(READS, "looped"):
-        weights = load_weights(weight_ptr, N, ROWS, BLOCK, READS)
-        tiles = tl.cdiv(num_rows, ROWS)
-        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
-            row = row_of_tile(tile, ROWS)
-            _norm_rows(
-                row, weights, x_ptr, residual_ptr, weight_ptr, branch_scale_ptr, total_scale_ptr,
-                y_ptr, total_ptr, rstd_ptr, num_rows, stride_x_row, stride_residual_row,
-                N, ROWS, BLOCK, READS, BRANCH_SCALE, TOTAL_SCALE, SUM, EPS, OFFSET, PLAN,
-            )  # fmt: skip
-    else:
-        _norm_rows(
-            row_index(ROWS), (), x_ptr, residual_ptr, weight_ptr, branch_scale_ptr,
-            total_scale_ptr, y_ptr, total_ptr, rstd_ptr, num_rows, stride_x_row,
-            stride_residual_row, N, ROWS, BLOCK, READS, BRANCH_SCALE, TOTAL_SCALE, SUM,
-            EPS, OFFSET, PLAN,
-        )  # fmt: skip
 
 
 def launch(

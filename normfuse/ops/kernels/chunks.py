@@ -7,21 +7,13 @@ READS says how a program reads its rows, as words of one constant (`tile.Launch.
     ahead       what the last step needs (weights, the residual) is asked for before the statistic
     beside      of these, only the residual
     streamed    rows are read once: they leave the caches first
-    flushed     results are not read here: they leave the caches first, too
-    late        two rows of which only the sum is held are read tile by tile as it is made
-    looped      a program takes row after row, and asks for the next before it is done with one;
-                goes with "ahead held": weights that the loop reads would take up shared memory
     cuda, hip   the GPU for which `fenced` is written; neither for the interpreter
 """
 
 import triton
 import triton.language as tl
 
-from normfuse.ops.kernels.row import row_index, widened
-
-# Of a loop over rows: one row is worked on, and two are on their way. With one of them, a program
-# waits for it (the backward kernels took up to 1.8 times as long on an H200).
-STAGES = tl.constexpr(3)
+from normfuse.ops.kernels.row import widened
 
 
 @triton.constexpr_function
@@ -47,7 +39,7 @@ def num_tiles_read(N, BLOCK, READS, WHEN):
     if WHEN == "held" and "half" in words:
         return count // 2
     if WHEN == "early":
-        return count if "held" in words and "late" not in words else 0
+        return count if "held" in words else 0
     if WHEN == "beside":
         return count if "ahead" in words or "beside" in words else 0
     return count if WHEN in words else 0
@@ -98,14 +90,6 @@ def load_tiles(
 
 
 @triton.jit
-def load_weights(
-    ptr, N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, READS: tl.constexpr
-):
-    """`load_tiles` of a weight in front of a loop over rows, in the layout of the rows."""
-    return load_tiles(row_of(ptr, row_index(ROWS), 0), None, N, BLOCK, READS, "ahead")
-
-
-@triton.jit
 def tile_at(
     tiles,
     ptr,
@@ -145,7 +129,7 @@ def fenced(tiles, READS: tl.constexpr):
     """The same tiles, in the compiler's eyes others.
 
     It would keep the float32 forms of 16-bit tiles between two uses, in twice the registers, to
-    save itself the second conversion. Those of weights it would move in front of a loop over rows.
+    save itself the second conversion.
     """
     result = ()
     for index in tl.static_range(len(tiles)):
@@ -156,14 +140,13 @@ def fenced(tiles, READS: tl.constexpr):
 @triton.jit
 def _fenced(tile, READS: tl.constexpr):
     if tile.dtype.primitive_bitwidth == 16:
-        IS_PURE: tl.constexpr = not says(READS, "looped")
         if says(READS, "cuda"):
             tile = tl.inline_asm_elementwise(
-                "mov.b32 $0, $1;", "=r,r", [tile], dtype=tile.dtype, is_pure=IS_PURE, pack=2
+                "mov.b32 $0, $1;", "=r,r", [tile], dtype=tile.dtype, is_pure=True, pack=2
             )
         if says(READS, "hip"):
             tile = tl.inline_asm_elementwise(
-                "v_mov_b32 $0, $1", "=v,v", [tile], dtype=tile.dtype, is_pure=IS_PURE, pack=2
+                "v_mov_b32 $0, $1", "=v,v", [tile], dtype=tile.dtype, is_pure=True, pack=2
             )
     return tile
 
@@ -181,5 +164,4 @@ def store_tile(
     """Stores a tile where a result is asked for."""
     if ptr is not None:
         cols = columns(index, BLOCK)
-        POLICY: tl.constexpr = "evict_first" if says(READS, "flushed") else ""
-        tl.store(ptr + cols, value, mask=is_row & (cols < N), eviction_policy=POLICY)
+        tl.store(ptr + cols, value, mask=is_row & (cols < N))

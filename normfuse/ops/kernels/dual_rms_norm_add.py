@@ -21,13 +21,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-import triton
-import triton.language as tl
 
-from normfuse.ops.kernels.chunks import STAGES, load_weights, says
 from normfuse.ops.kernels.constants import NAMES, SumTypes, norm_constants
-from normfuse.ops.kernels.dual_rms_norm_add_rows import norm_rows
-from normfuse.ops.kernels.row import row_index, row_of_tile
+from normfuse.ops.kernels.dual_rms_norm_add_rows import dual_rms_norm_add_kernel
 from normfuse.ops.kernels.rows import (
     addressed_by_one_stride,
     as_vector,
@@ -43,75 +39,6 @@ from normfuse.ops.kernels.tile import Launch, device_of, eager
 if TYPE_CHECKING:
     from normfuse.ops.residual_sum import Scales
     from normfuse.ops.rounding import RoundingPlan
-
-
-@triton.jit
-def dual_rms_norm_add_kernel(
-    x_1_ptr,
-    x_2_ptr,
-    residual_ptr,
-    weight_1_ptr,
-    weight_2_ptr,
-    weight_3_ptr,
-    weight_4_ptr,
-    branch_scale_ptr,
-    total_scale_ptr,
-    y_ptr,
-    total_ptr,
-    rstd_1_ptr,
-    rstd_2_ptr,
-    rstd_3_ptr,
-    rstd_4_ptr,
-    num_rows,
-    stride_x_1_row,
-    stride_x_2_row,
-    stride_residual_row,
-    N: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    READS: tl.constexpr,
-    BRANCH: tl.constexpr,
-    BRANCH_SCALE: tl.constexpr,
-    TOTAL_SCALE: tl.constexpr,
-    SUM: tl.constexpr,
-    EPS_1: tl.constexpr,
-    OFFSET_1: tl.constexpr,
-    PLAN_1: tl.constexpr,
-    EPS_2: tl.constexpr,
-    OFFSET_2: tl.constexpr,
-    PLAN_2: tl.constexpr,
-    EPS_3: tl.constexpr,
-    OFFSET_3: tl.constexpr,
-    PLAN_3: tl.constexpr,
-    EPS_4: tl.constexpr,
-    OFFSET_4: tl.constexpr,
-    PLAN_4: tl.constexpr,
-):
-    if says(READS, "looped"):
-        weights_1 = load_weights(weight_1_ptr, N, ROWS, BLOCK, READS)
-        weights_2 = load_weights(weight_2_ptr, N, ROWS, BLOCK, READS)
-        weights_3 = load_weights(weight_3_ptr, N, ROWS, BLOCK, READS)
-        weights_4 = load_weights(weight_4_ptr, N, ROWS, BLOCK, READS)
-        tiles = tl.cdiv(num_rows, ROWS)
-        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
-            row = row_of_tile(tile, ROWS)
-            norm_rows(
-                row, weights_1, weights_2, weights_3, weights_4, x_1_ptr, x_2_ptr, residual_ptr,
-                weight_1_ptr, weight_2_ptr, weight_3_ptr, weight_4_ptr, branch_scale_ptr,
-                total_scale_ptr, y_ptr, total_ptr, rstd_1_ptr, rstd_2_ptr, rstd_3_ptr, rstd_4_ptr,
-                num_rows, stride_x_1_row, stride_x_2_row, stride_residual_row,
-                N, ROWS, BLOCK, READS, BRANCH, BRANCH_SCALE, TOTAL_SCALE, SUM, EPS_1, OFFSET_1,
-                PLAN_1, EPS_2, OFFSET_2, PLAN_2, EPS_3, OFFSET_3, PLAN_3, EPS_4, OFFSET_4, PLAN_4,
-            )  # fmt: skip
-    else:
-        norm_rows(
-            row_index(ROWS), (), (), (), (), x_1_ptr, x_2_ptr, residual_ptr, weight_1_ptr,
-            weight_2_ptr, weight_3_ptr, weight_4_ptr, branch_scale_ptr, total_scale_ptr, y_ptr,
-            total_ptr, rstd_1_ptr, rstd_2_ptr, rstd_3_ptr, rstd_4_ptr, num_rows, stride_x_1_row,
-            stride_x_2_row, stride_residual_row,
-            N, ROWS, BLOCK, READS, BRANCH, BRANCH_SCALE, TOTAL_SCALE, SUM, EPS_1, OFFSET_1, PLAN_1,
-            EPS_2, OFFSET_2, PLAN_2, EPS_3, OFFSET_3, PLAN_3, EPS_4, OFFSET_4, PLAN_4,
-        )  # fmt: skip
 
 
 def launch(

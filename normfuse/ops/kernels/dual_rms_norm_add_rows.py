@@ -20,6 +20,7 @@ from normfuse.ops.kernels.row import (
     root_of,
     roots_of_two,
     rounded,
+    row_index,
     squares,
     step,
     store_inverse_root,
@@ -89,12 +90,7 @@ def _total(
 
 
 @triton.jit
-def norm_rows(
-    row,
-    weights_1,
-    weights_2,
-    weights_3,
-    weights_4,
+def dual_rms_norm_add_kernel(
     x_1_ptr,
     x_2_ptr,
     residual_ptr,
@@ -135,6 +131,7 @@ def norm_rows(
     OFFSET_4: tl.constexpr,
     PLAN_4: tl.constexpr,
 ):
+    row = row_index(ROWS)
     is_row = row < num_rows
     x_1_ptr += row * stride_x_1_row
     x_2_ptr += row * stride_x_2_row
@@ -148,10 +145,9 @@ def norm_rows(
     xs_1 = load_tiles(x_1_ptr, is_row, N, BLOCK, READS, "held")
     xs_2 = load_tiles(x_2_ptr, is_row, N, BLOCK, READS, "held")
     residuals = load_tiles(residual_ptr, is_row, N, BLOCK, READS, "beside")
-    if not says(READS, "looped"):
-        weights_1 = load_tiles(weight_1_ptr, None, N, BLOCK, READS, "ahead")
-        weights_2 = load_tiles(weight_2_ptr, None, N, BLOCK, READS, "ahead")
-        weights_3 = load_tiles(weight_3_ptr, None, N, BLOCK, READS, "ahead")
+    weights_1 = load_tiles(weight_1_ptr, None, N, BLOCK, READS, "ahead")
+    weights_2 = load_tiles(weight_2_ptr, None, N, BLOCK, READS, "ahead")
+    weights_3 = load_tiles(weight_3_ptr, None, N, BLOCK, READS, "ahead")
     branch_scale = load_scale(branch_scale_ptr)
     total_scale = load_scale(total_scale_ptr)
     sums_1 = zero_sums(ROWS, BLOCK, PLAN_1)
@@ -175,8 +171,7 @@ def norm_rows(
             sums_3 += squares(branch, PLAN_3)
         root_3 = root_of(sums_3, None, N, EPS_3, PLAN_3)
         branches, weights_3 = fenced(branches, READS), fenced(weights_3, READS)
-        if not says(READS, "looped"):
-            weights_4 = load_tiles(weight_4_ptr, None, N, BLOCK, READS, "ahead")
+        weights_4 = load_tiles(weight_4_ptr, None, N, BLOCK, READS, "ahead")
         if y_ptr is not None:
             sums_4 = zero_sums(ROWS, BLOCK, PLAN_4)
         totals = ()

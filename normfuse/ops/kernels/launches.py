@@ -1,8 +1,9 @@
 """How each op is launched for rows of 16-bit types, by width: what was measured to be fastest.
 
 Every entry was chosen among the launches that `benchmarks/launches.py` tries, in bfloat16 on an
-NVIDIA H200 with cold caches; the record of each try is benchmarks/results/launches_h200.json. Other
-GPUs take the same table. Widths outside it, float32 and float64 take `Launch.by_rule`.
+NVIDIA H200 with cold caches; the records of the tries are benchmarks/results/launches_h200.json and
+launches_weak_h200.json. Other GPUs take the same table. Widths outside it, float32 and float64 take
+`Launch.by_rule`.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ class Entry(NamedTuple):
 
     `speedups` is what it gained over Inductor's default code at the width that was measured:
     geometric means over 16, 64 and 512 rows, and over 2048 to 16384. None stands where only a
-    related op was measured. These numbers choose, and flatter: each is the best of 16 to 60 tries,
-    by the times that chose it. What the kernels gain is measured apart, by `normfuse bench`.
+    related op was measured, or the launch before it (launches_weak_h200.json). These numbers
+    choose, and flatter: each is the best of 16 to 60 tries, by the times that chose it. What the
+    kernels gain is measured apart, by `normfuse bench`.
     """
 
     narrowest: int
@@ -42,6 +44,9 @@ class Entry(NamedTuple):
 _HELD = "held"
 _AHEAD = "ahead held"
 _STREAMED = "ahead held streamed"
+_BESIDE = "beside held"
+_HALF = "half"
+_AGAIN = ""
 
 # fmt: off
 _RMS_NORM = (
@@ -54,8 +59,10 @@ _RMS_NORM = (
     Entry(2049, 3072, 1, 2048, 4, _AHEAD, _AHEAD, (1.15, 1.34)),
     Entry(3073, 4096, 1, 4096, 8, _STREAMED, _AHEAD, (1.13, 1.13)),
     Entry(4097, 6144, 1, 2048, 8, _STREAMED, _AHEAD, (1.17, 1.09)),
-    Entry(6145, 8192, 1, 2048, 8, _STREAMED, _AHEAD, (1.23, 0.99)),
+    Entry(6145, 8192, 1, 8192, 16, _AHEAD, _AHEAD, None),
     Entry(8193, 16384, 1, 4096, 8, _STREAMED, _AHEAD, (1.51, 1.00)),
+    Entry(16385, 32768, 1, 8192, 32, _AHEAD, _HELD, None),
+    Entry(32769, 65536, 1, 16384, 32, _HELD, _HELD, None),
 )
 LAUNCHES: dict[str, tuple[Entry, ...]] = {
     "rms_norm": _RMS_NORM,
@@ -67,6 +74,8 @@ LAUNCHES: dict[str, tuple[Entry, ...]] = {
         Entry(4097, 6144, 1, 2048, 8, _AHEAD, _HELD, (1.20, 1.05)),
         Entry(6145, 8192, 1, 2048, 8, _STREAMED, _AHEAD, (1.09, 1.03)),
         Entry(8193, 16384, 1, 4096, 16, _AHEAD, _AHEAD, (1.48, 1.00)),
+        Entry(16385, 32768, 1, 32768, 32, _HELD, _HELD, None),
+        Entry(32769, 65536, 1, 8192, 32, _HALF, _HALF, None),
     ),
     "rms_norm_add": (
         Entry(513, 1024, 1, 1024, 4, _STREAMED, _AHEAD, (0.88, 1.06)),
@@ -85,14 +94,16 @@ LAUNCHES: dict[str, tuple[Entry, ...]] = {
         Entry(4097, 6144, 1, 4096, 8, _STREAMED, _HELD, (1.19, 1.08)),
         Entry(6145, 8192, 1, 8192, 16, _STREAMED, _HELD, (1.24, 1.02)),
         Entry(8193, 16384, 1, 8192, 16, _STREAMED, _HELD, (1.72, 1.01)),
+        Entry(16385, 32768, 1, 32768, 32, _HELD, _HELD, None),
+        Entry(32769, 65536, 1, 8192, 32, _HALF, _AGAIN, None),
     ),
     "dual_rms_norm_add": (
         Entry(513, 1024, 1, 1024, 4, _STREAMED, _STREAMED, (1.01, 0.98)),
         Entry(1025, 2048, 1, 2048, 8, _STREAMED, _STREAMED, (1.64, 1.59)),
-        Entry(2049, 3072, 1, 1024, 4, _STREAMED, _AHEAD, (1.46, 1.50)),
+        Entry(2049, 3072, 1, 4096, 4, _STREAMED, _HELD, None),
         Entry(3073, 4096, 1, 4096, 8, _STREAMED, _HELD, (1.47, 1.49)),
         Entry(4097, 6144, 1, 8192, 8, _AHEAD, _HELD, (1.64, 1.56)),
-        Entry(6145, 8192, 1, 2048, 8, _STREAMED, _HELD, (1.57, 1.55)),
+        Entry(6145, 8192, 1, 4096, 16, _AHEAD, _BESIDE, None),
         Entry(8193, 16384, 1, 8192, 16, _STREAMED, _HELD, (2.06, 2.39)),
     ),
     "dual_rms_norm_add_rms_norm": (
@@ -108,7 +119,8 @@ LAUNCHES: dict[str, tuple[Entry, ...]] = {
         Entry(513, 2048, 1, 1024, 4, _STREAMED, _STREAMED, None),
         Entry(2049, 3072, 1, 1024, 4, _STREAMED, _STREAMED, (1.17, 1.24)),
         Entry(3073, 4096, 1, 2048, 4, _AHEAD, _AHEAD, (1.16, 1.03)),
-        Entry(4097, 8192, 1, 2048, 8, _AHEAD, _STREAMED, (1.11, 0.94)),
+        Entry(4097, 6144, 1, 2048, 8, _AHEAD, _STREAMED, (1.11, 0.94)),
+        Entry(6145, 8192, 1, 4096, 16, _HELD, _HELD, None),
         Entry(8193, 16384, 1, 4096, 16, _HELD, _HELD, None),
     ),
     "gated_rms_norm": (

@@ -20,13 +20,10 @@ import triton
 import triton.language as tl
 
 from normfuse.ops.kernels.chunks import (
-    STAGES,
     fenced,
     load_tiles,
-    load_weights,
     num_tiles,
     row_of,
-    says,
     store_tile,
     tile_at,
 )
@@ -35,7 +32,6 @@ from normfuse.ops.kernels.row import (
     normalised,
     root_of,
     row_index,
-    row_of_tile,
     row_start,
     squares,
     store_inverse_root,
@@ -53,52 +49,6 @@ from normfuse.ops.kernels.tile import Launch, device_of, eager
 
 if TYPE_CHECKING:
     from normfuse.ops.rounding import RoundingPlan
-
-
-@triton.jit
-def _norm_rows(
-    row,
-    weights,
-    x_ptr,
-    weight_ptr,
-    eps_ptr,
-    y_ptr,
-    rstd_ptr,
-    num_rows,
-    size_middle,
-    size_inner,
-    stride_x_outer,
-    stride_x_middle,
-    stride_x_inner,
-    N: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    READS: tl.constexpr,
-    EPS: tl.constexpr,
-    OFFSET: tl.constexpr,
-    PLAN: tl.constexpr,
-):
-    is_row = row < num_rows
-    x_ptr += row_start(
-        row, size_middle, size_inner, stride_x_outer, stride_x_middle, stride_x_inner
-    )
-    y_ptr += row * N
-    weight_ptr = row_of(weight_ptr, row, 0)
-    xs = load_tiles(x_ptr, is_row, N, BLOCK, READS, "held")
-    if not says(READS, "looped"):
-        weights = load_tiles(weight_ptr, None, N, BLOCK, READS, "ahead")
-    sums = zero_sums(ROWS, BLOCK, PLAN)
-    for index in tl.static_range(num_tiles(N, BLOCK)):
-        x = tile_at(xs, x_ptr, is_row, index, N, BLOCK, READS, "held")
-        sums += squares(x, PLAN)
-    root = root_of(sums, eps_ptr, N, EPS, PLAN)
-    xs, weights = fenced(xs, READS), fenced(weights, READS)
-    for index in tl.static_range(num_tiles(N, BLOCK)):
-        x = tile_at(xs, x_ptr, is_row, index, N, BLOCK, READS, "held")
-        weight = tile_at(weights, weight_ptr, None, index, N, BLOCK, READS, "ahead")
-        y = normalised(x, root, weight, OFFSET, PLAN, False)
-        store_tile(y_ptr, y, is_row, index, N, BLOCK, READS)
-    store_inverse_root(rstd_ptr, root, row, num_rows, PLAN)
 
 
 @triton.jit
@@ -122,22 +72,27 @@ def rms_norm_kernel(
     OFFSET: tl.constexpr,
     PLAN: tl.constexpr,
 ):
-    if says(READS, "looped"):
-        weights = load_weights(weight_ptr, N, ROWS, BLOCK, READS)
-        tiles = tl.cdiv(num_rows, ROWS)
-        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
-            row = row_of_tile(tile, ROWS)
-            _norm_rows(
-                row, weights, x_ptr, weight_ptr, eps_ptr, y_ptr, rstd_ptr, num_rows,
-                size_middle, size_inner, stride_x_outer, stride_x_middle, stride_x_inner,
-                N, ROWS, BLOCK, READS, EPS, OFFSET, PLAN,
-            )  # fmt: skip
-    else:
-        _norm_rows(
-            row_index(ROWS), (), x_ptr, weight_ptr, eps_ptr, y_ptr, rstd_ptr, num_rows,
-            size_middle, size_inner, stride_x_outer, stride_x_middle, stride_x_inner,
-            N, ROWS, BLOCK, READS, EPS, OFFSET, PLAN,
-        )  # fmt: skip
+    row = row_index(ROWS)
+    is_row = row < num_rows
+    x_ptr += row_start(
+        row, size_middle, size_inner, stride_x_outer, stride_x_middle, stride_x_inner
+    )
+    y_ptr += row * N
+    weight_ptr = row_of(weight_ptr, row, 0)
+    xs = load_tiles(x_ptr, is_row, N, BLOCK, READS, "held")
+    weights = load_tiles(weight_ptr, None, N, BLOCK, READS, "ahead")
+    sums = zero_sums(ROWS, BLOCK, PLAN)
+    for index in tl.static_range(num_tiles(N, BLOCK)):
+        x = tile_at(xs, x_ptr, is_row, index, N, BLOCK, READS, "held")
+        sums += squares(x, PLAN)
+    root = root_of(sums, eps_ptr, N, EPS, PLAN)
+    xs, weights = fenced(xs, READS), fenced(weights, READS)
+    for index in tl.static_range(num_tiles(N, BLOCK)):
+        x = tile_at(xs, x_ptr, is_row, index, N, BLOCK, READS, "held")
+        weight = tile_at(weights, weight_ptr, None, index, N, BLOCK, READS, "ahead")
+        y = normalised(x, root, weight, OFFSET, PLAN, False)
+        store_tile(y_ptr, y, is_row, index, N, BLOCK, READS)
+    store_inverse_root(rstd_ptr, root, row, num_rows, PLAN)
 
 
 def launch(

@@ -26,15 +26,12 @@ import triton
 import triton.language as tl
 
 from normfuse.ops.kernels.chunks import (
-    STAGES,
     fenced,
     load_tiles,
-    load_weights,
     narrowed,
     num_tiles,
     num_tiles_read,
     row_of,
-    says,
     store_tile,
     tile_at,
 )
@@ -45,7 +42,6 @@ from normfuse.ops.kernels.row import (
     residual_sum,
     root_of,
     row_index,
-    row_of_tile,
     squares,
     step,
     store_inverse_root,
@@ -98,10 +94,7 @@ def _total(
 
 
 @triton.jit
-def _norm_rows(
-    row,
-    weights_1,
-    weights_2,
+def rms_norm_add_rms_norm_kernel(
     x_ptr,
     residual_ptr,
     weight_1_ptr,
@@ -129,6 +122,7 @@ def _norm_rows(
     OFFSET_2: tl.constexpr,
     PLAN_2: tl.constexpr,
 ):
+    row = row_index(ROWS)
     is_row = row < num_rows
     x_ptr += row * stride_x_row
     residual_ptr += row * stride_residual_row
@@ -138,9 +132,8 @@ def _norm_rows(
     weight_2_ptr = row_of(weight_2_ptr, row, 0)
     xs = load_tiles(x_ptr, is_row, N, BLOCK, READS, "held")
     residuals = load_tiles(residual_ptr, is_row, N, BLOCK, READS, "beside")
-    if not says(READS, "looped"):
-        weights_1 = load_tiles(weight_1_ptr, None, N, BLOCK, READS, "ahead")
-        weights_2 = load_tiles(weight_2_ptr, None, N, BLOCK, READS, "ahead")
+    weights_1 = load_tiles(weight_1_ptr, None, N, BLOCK, READS, "ahead")
+    weights_2 = load_tiles(weight_2_ptr, None, N, BLOCK, READS, "ahead")
     branch_scale = load_scale(branch_scale_ptr)
     total_scale = load_scale(total_scale_ptr)
     sums_1 = zero_sums(ROWS, BLOCK, PLAN_1)
@@ -202,58 +195,6 @@ def _norm_rows(
             store_tile(y_ptr, y, is_row, index, N, BLOCK, READS)
     store_inverse_root(rstd_1_ptr, root_1, row, num_rows, PLAN_1)
     store_inverse_root(rstd_2_ptr, root_2, row, num_rows, PLAN_2)
-
-
-@triton.jit
-def rms_norm_add_rms_norm_kernel(
-    x_ptr,
-    residual_ptr,
-    weight_1_ptr,
-    weight_2_ptr,
-    branch_scale_ptr,
-    total_scale_ptr,
-    y_ptr,
-    total_ptr,
-    rstd_1_ptr,
-    rstd_2_ptr,
-    num_rows,
-    stride_x_row,
-    stride_residual_row,
-    N: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    READS: tl.constexpr,
-    BRANCH_SCALE: tl.constexpr,
-    TOTAL_SCALE: tl.constexpr,
-    SUM: tl.constexpr,
-    EPS_1: tl.constexpr,
-    OFFSET_1: tl.constexpr,
-    PLAN_1: tl.constexpr,
-    EPS_2: tl.constexpr,
-    OFFSET_2: tl.constexpr,
-    PLAN_2: tl.constexpr,
-):
-    if says(READS, "looped"):
-        weights_1 = load_weights(weight_1_ptr, N, ROWS, BLOCK, READS)
-        weights_2 = load_weights(weight_2_ptr, N, ROWS, BLOCK, READS)
-        tiles = tl.cdiv(num_rows, ROWS)
-        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
-            row = row_of_tile(tile, ROWS)
-            _norm_rows(
-                row, weights_1, weights_2, x_ptr, residual_ptr, weight_1_ptr, weight_2_ptr,
-                branch_scale_ptr, total_scale_ptr, y_ptr, total_ptr, rstd_1_ptr, rstd_2_ptr,
-                num_rows, stride_x_row, stride_residual_row,
-                N, ROWS, BLOCK, READS, BRANCH_SCALE, TOTAL_SCALE, SUM, EPS_1, OFFSET_1, PLAN_1,
-                EPS_2, OFFSET_2, PLAN_2,
-            )  # fmt: skip
-    else:
-        _norm_rows(
-            row_index(ROWS), (), (), x_ptr, residual_ptr, weight_1_ptr, weight_2_ptr,
-            branch_scale_ptr, total_scale_ptr, y_ptr, total_ptr, rstd_1_ptr, rstd_2_ptr, num_rows,
-            stride_x_row, stride_residual_row,
-            N, ROWS, BLOCK, READS, BRANCH_SCALE, TOTAL_SCALE, SUM, EPS_1, OFFSET_1, PLAN_1, EPS_2,
-            OFFSET_2, PLAN_2,
-        )  # fmt: skip
 
 
 def launch(

@@ -20,13 +20,10 @@ import triton
 import triton.language as tl
 
 from normfuse.ops.kernels.chunks import (
-    STAGES,
     fenced,
     load_tiles,
-    load_weights,
     num_tiles,
     row_of,
-    says,
     store_tile,
     tile_at,
 )
@@ -35,7 +32,6 @@ from normfuse.ops.kernels.row import (
     normalised,
     root_of,
     row_index,
-    row_of_tile,
     row_start,
     scaled,
     squares,
@@ -84,94 +80,6 @@ def _store_norm(
 
 
 @triton.jit
-def _norm_rows(
-    row,
-    weights_1,
-    weights_2,
-    weights_3,
-    weights_4,
-    x_ptr,
-    weight_1_ptr,
-    weight_2_ptr,
-    weight_3_ptr,
-    weight_4_ptr,
-    y_1_ptr,
-    y_2_ptr,
-    y_3_ptr,
-    y_4_ptr,
-    rstd_ptr,
-    num_rows,
-    size_middle,
-    size_inner,
-    stride_x_outer,
-    stride_x_middle,
-    stride_x_inner,
-    N: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    READS: tl.constexpr,
-    EPS: tl.constexpr,
-    OFFSET_1: tl.constexpr,
-    OFFSET_2: tl.constexpr,
-    OFFSET_3: tl.constexpr,
-    OFFSET_4: tl.constexpr,
-    SCALE_1: tl.constexpr,
-    SCALE_2: tl.constexpr,
-    SCALE_3: tl.constexpr,
-    SCALE_4: tl.constexpr,
-    PLAN_1: tl.constexpr,
-    PLAN_2: tl.constexpr,
-    PLAN_3: tl.constexpr,
-    PLAN_4: tl.constexpr,
-):
-    is_row = row < num_rows
-    x_ptr += row_start(
-        row, size_middle, size_inner, stride_x_outer, stride_x_middle, stride_x_inner
-    )
-    y_1_ptr = row_of(y_1_ptr, row, N)
-    y_2_ptr = row_of(y_2_ptr, row, N)
-    y_3_ptr = row_of(y_3_ptr, row, N)
-    y_4_ptr = row_of(y_4_ptr, row, N)
-    weight_1_ptr = row_of(weight_1_ptr, row, 0)
-    weight_2_ptr = row_of(weight_2_ptr, row, 0)
-    weight_3_ptr = row_of(weight_3_ptr, row, 0)
-    weight_4_ptr = row_of(weight_4_ptr, row, 0)
-    xs = load_tiles(x_ptr, is_row, N, BLOCK, READS, "held")
-    if not says(READS, "looped"):
-        weights_1 = load_tiles(weight_1_ptr, None, N, BLOCK, READS, "ahead")
-        weights_2 = load_tiles(weight_2_ptr, None, N, BLOCK, READS, "ahead")
-        weights_3 = load_tiles(weight_3_ptr, None, N, BLOCK, READS, "ahead")
-        weights_4 = load_tiles(weight_4_ptr, None, N, BLOCK, READS, "ahead")
-    sums = zero_sums(ROWS, BLOCK, PLAN_1)
-    for index in tl.static_range(num_tiles(N, BLOCK)):
-        x = tile_at(xs, x_ptr, is_row, index, N, BLOCK, READS, "held")
-        sums += squares(x, PLAN_1)
-    root = root_of(sums, None, N, EPS, PLAN_1)
-    xs = fenced(xs, READS)
-    weights_1, weights_2 = fenced(weights_1, READS), fenced(weights_2, READS)
-    weights_3, weights_4 = fenced(weights_3, READS), fenced(weights_4, READS)
-    for index in tl.static_range(num_tiles(N, BLOCK)):
-        x = tile_at(xs, x_ptr, is_row, index, N, BLOCK, READS, "held")
-        _store_norm(
-            x, root, weights_1, weight_1_ptr, y_1_ptr, is_row, index,
-            N, BLOCK, READS, OFFSET_1, SCALE_1, PLAN_1,
-        )  # fmt: skip
-        _store_norm(
-            x, root, weights_2, weight_2_ptr, y_2_ptr, is_row, index,
-            N, BLOCK, READS, OFFSET_2, SCALE_2, PLAN_2,
-        )  # fmt: skip
-        _store_norm(
-            x, root, weights_3, weight_3_ptr, y_3_ptr, is_row, index,
-            N, BLOCK, READS, OFFSET_3, SCALE_3, PLAN_3,
-        )  # fmt: skip
-        _store_norm(
-            x, root, weights_4, weight_4_ptr, y_4_ptr, is_row, index,
-            N, BLOCK, READS, OFFSET_4, SCALE_4, PLAN_4,
-        )  # fmt: skip
-    store_inverse_root(rstd_ptr, root, row, num_rows, PLAN_1)
-
-
-@triton.jit
 def rms_norms_kernel(
     x_ptr,
     weight_1_ptr,
@@ -207,30 +115,51 @@ def rms_norms_kernel(
     PLAN_3: tl.constexpr,
     PLAN_4: tl.constexpr,
 ):
-    if says(READS, "looped"):
-        weights_1 = load_weights(weight_1_ptr, N, ROWS, BLOCK, READS)
-        weights_2 = load_weights(weight_2_ptr, N, ROWS, BLOCK, READS)
-        weights_3 = load_weights(weight_3_ptr, N, ROWS, BLOCK, READS)
-        weights_4 = load_weights(weight_4_ptr, N, ROWS, BLOCK, READS)
-        tiles = tl.cdiv(num_rows, ROWS)
-        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
-            row = row_of_tile(tile, ROWS)
-            _norm_rows(
-                row, weights_1, weights_2, weights_3, weights_4, x_ptr, weight_1_ptr,
-                weight_2_ptr, weight_3_ptr, weight_4_ptr, y_1_ptr, y_2_ptr, y_3_ptr, y_4_ptr,
-                rstd_ptr, num_rows, size_middle, size_inner, stride_x_outer, stride_x_middle,
-                stride_x_inner,
-                N, ROWS, BLOCK, READS, EPS, OFFSET_1, OFFSET_2, OFFSET_3, OFFSET_4, SCALE_1,
-                SCALE_2, SCALE_3, SCALE_4, PLAN_1, PLAN_2, PLAN_3, PLAN_4,
-            )  # fmt: skip
-    else:
-        _norm_rows(
-            row_index(ROWS), (), (), (), (), x_ptr, weight_1_ptr, weight_2_ptr, weight_3_ptr,
-            weight_4_ptr, y_1_ptr, y_2_ptr, y_3_ptr, y_4_ptr, rstd_ptr, num_rows, size_middle,
-            size_inner, stride_x_outer, stride_x_middle, stride_x_inner,
-            N, ROWS, BLOCK, READS, EPS, OFFSET_1, OFFSET_2, OFFSET_3, OFFSET_4, SCALE_1, SCALE_2,
-            SCALE_3, SCALE_4, PLAN_1, PLAN_2, PLAN_3, PLAN_4,
+    row = row_index(ROWS)
+    is_row = row < num_rows
+    x_ptr += row_start(
+        row, size_middle, size_inner, stride_x_outer, stride_x_middle, stride_x_inner
+    )
+    y_1_ptr = row_of(y_1_ptr, row, N)
+    y_2_ptr = row_of(y_2_ptr, row, N)
+    y_3_ptr = row_of(y_3_ptr, row, N)
+    y_4_ptr = row_of(y_4_ptr, row, N)
+    weight_1_ptr = row_of(weight_1_ptr, row, 0)
+    weight_2_ptr = row_of(weight_2_ptr, row, 0)
+    weight_3_ptr = row_of(weight_3_ptr, row, 0)
+    weight_4_ptr = row_of(weight_4_ptr, row, 0)
+    xs = load_tiles(x_ptr, is_row, N, BLOCK, READS, "held")
+    weights_1 = load_tiles(weight_1_ptr, None, N, BLOCK, READS, "ahead")
+    weights_2 = load_tiles(weight_2_ptr, None, N, BLOCK, READS, "ahead")
+    weights_3 = load_tiles(weight_3_ptr, None, N, BLOCK, READS, "ahead")
+    weights_4 = load_tiles(weight_4_ptr, None, N, BLOCK, READS, "ahead")
+    sums = zero_sums(ROWS, BLOCK, PLAN_1)
+    for index in tl.static_range(num_tiles(N, BLOCK)):
+        x = tile_at(xs, x_ptr, is_row, index, N, BLOCK, READS, "held")
+        sums += squares(x, PLAN_1)
+    root = root_of(sums, None, N, EPS, PLAN_1)
+    xs = fenced(xs, READS)
+    weights_1, weights_2 = fenced(weights_1, READS), fenced(weights_2, READS)
+    weights_3, weights_4 = fenced(weights_3, READS), fenced(weights_4, READS)
+    for index in tl.static_range(num_tiles(N, BLOCK)):
+        x = tile_at(xs, x_ptr, is_row, index, N, BLOCK, READS, "held")
+        _store_norm(
+            x, root, weights_1, weight_1_ptr, y_1_ptr, is_row, index,
+            N, BLOCK, READS, OFFSET_1, SCALE_1, PLAN_1,
         )  # fmt: skip
+        _store_norm(
+            x, root, weights_2, weight_2_ptr, y_2_ptr, is_row, index,
+            N, BLOCK, READS, OFFSET_2, SCALE_2, PLAN_2,
+        )  # fmt: skip
+        _store_norm(
+            x, root, weights_3, weight_3_ptr, y_3_ptr, is_row, index,
+            N, BLOCK, READS, OFFSET_3, SCALE_3, PLAN_3,
+        )  # fmt: skip
+        _store_norm(
+            x, root, weights_4, weight_4_ptr, y_4_ptr, is_row, index,
+            N, BLOCK, READS, OFFSET_4, SCALE_4, PLAN_4,
+        )  # fmt: skip
+    store_inverse_root(rstd_ptr, root, row, num_rows, PLAN_1)
 
 
 def launch(

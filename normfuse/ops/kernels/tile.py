@@ -16,7 +16,7 @@ from normfuse.ops.kernels.rows import known
 # Lanes of a warp: 64 on the CDNA chips of AMD that we compile for.
 WARP_SIZE = 64 if torch.version.hip else 32
 MAX_THREADS = 1024
-VECTOR = 8  # elements of a row that a thread has in one tile: 16 bytes of a 16-bit type
+VECTOR_BYTES = 16  # of a row that a thread has in one tile, as many as it loads at once
 # The widest row that stays in registers, half of it in float64; wider ones are read again for each
 # step. No kernel spills on sm_90 on either side of it (tests/kernels/test_cross_compile.py).
 WIDEST_HELD = 32768
@@ -36,8 +36,6 @@ class Launch:
         num_warps: warps of a program.
         few: how rows are read if there are fewer than `MANY_ROWS`.
         many: how they are read otherwise.
-        programs: of at least `MANY_ROWS`, which take rows by turns, with the next ones on their
-            way, and read "ahead held"; 0 for as many as there are rows to share.
     """
 
     rows: int
@@ -45,7 +43,6 @@ class Launch:
     num_warps: int
     few: str = "held"
     many: str = "held"
-    programs: int = 0
 
     @classmethod
     def for_shape(
@@ -63,7 +60,9 @@ class Launch:
             for entry in LAUNCHES.get(op, ()):
                 if entry.narrowest <= cols <= entry.widest:
                     return cls.of_entry(entry, cols, warp_size)
-        return cls.by_rule(cols, compute, held=ROWS_HELD.get(op, 1), warp_size=warp_size)
+        vector = VECTOR_BYTES // (4 if compute == torch.float64 else min(4, dtype.itemsize))
+        held = ROWS_HELD.get(op, 1)
+        return cls.by_rule(cols, compute, held=held, vector=vector, warp_size=warp_size)
 
     @classmethod
     def of_entry(cls, entry: Entry, cols: int, warp_size: int) -> Launch:
@@ -74,9 +73,18 @@ class Launch:
 
     @classmethod
     def by_rule(
-        cls, cols: int, dtype: torch.dtype, *, held: int = 1, warp_size: int = WARP_SIZE
+        cls,
+        cols: int,
+        dtype: torch.dtype,
+        *,
+        held: int = 1,
+        vector: int = VECTOR_BYTES // 4,
+        warp_size: int = WARP_SIZE,
     ) -> Launch:
         """16 elements of `held` rows of the type `dtype` for each thread, 8 in float64.
+
+        A thread has `vector` elements side by side in a tile of a row that is held, and 8 of one
+        that is read again, 4 in float64.
 
         Few rows ask for weights and residual beforehand while a thread has the registers.
         """
@@ -86,9 +94,9 @@ class Launch:
         rows = min(64, 2048 // width) if width <= 512 else 1
         threads = rows * width // ((8 if is_double else 16) // held)
         threads = min(MAX_THREADS, max(warp_size, threads))
-        vector = VECTOR // 2 if is_double else VECTOR
-        block = min(width, max(vector * threads, warp_size) // rows)
         reads = "held" if cols <= widest // held else ""
+        side_by_side = vector if reads or is_double else 8
+        block = min(width, max(side_by_side * threads, warp_size) // rows)
         has_room = rows == 1 and threads <= MAX_THREADS // 2
         few = f"ahead {reads}" if reads and has_room else reads
         return cls(rows, block, threads // warp_size, few, reads)
@@ -97,15 +105,13 @@ class Launch:
         """The kernel's constants for `num_rows` rows of `cols` elements; rows may be symbolic."""
         reads = self.few
         if known(num_rows >= MANY_ROWS):
-            reads = f"{self.many} looped" if self.programs else self.many
+            reads = self.many
         elif not known(num_rows < MANY_ROWS):
             reads = " ".join(word for word in self.few.split() if word != "streamed")
         return {"N": cols, "ROWS": self.rows, "BLOCK": self.block, "READS": f"{reads} {target()}"}
 
     def grid(self, num_rows: int) -> tuple[int]:
-        turns = (num_rows + self.rows - 1) // self.rows
-        is_looped = self.programs and known(num_rows >= MANY_ROWS)
-        return (min(turns, self.programs) if is_looped else turns,)
+        return ((num_rows + self.rows - 1) // self.rows,)
 
 
 def eager(kernel: Any) -> Any:
