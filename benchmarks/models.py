@@ -12,9 +12,11 @@ plain Inductor's allows is reported, not timed. Then, for each contender:
 
     gpu_ms       GPU time of a step, medians over rounds; the CPU is ahead, so that no gap counts
     wall_ms      the same on a clock, until the GPU is done
-    norm_us      of that, kernels of norms and rotary embeddings: ours, and Inductor's with a word
-                 such as rsqrt, mean, cos or cat in their name; what they fused with it counts, too
     compiled_us  all kernels in Triton, Inductor's and ours: without the matrix products
+    norm_us      of these, those of norms and rotary embeddings: ours, and Inductor's with a word
+                 such as rsqrt, mean, cos or cat in their name. Whatever Inductor fused with them
+                 counts, too (in decoding, the copies of the cache), and what was fused without us
+                 may be a kernel of its own with us: do not compare the two, compare `compiled_us`
     compile_s    of the first cell of a model: without caches, in one thread unless
                  TORCHINDUCTOR_COMPILE_THREADS says otherwise, half of them plain first; tracing
                  included, running and trying launches not

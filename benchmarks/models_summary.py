@@ -80,7 +80,7 @@ def json_text(record: dict[str, Any]) -> str:
 
 def show(record: dict[str, Any]) -> None:
     """The rows as a table, and the summary below it."""
-    columns = ("model", "cell", "plain ms", "auto ms", "", "wall", "norms us", "", "share")
+    columns = ("model", "cell", "plain ms", "auto ms", "", "wall", "Triton us", "")
     table = Table(*columns, "compile s")
     for row in record["rows"]:
         table.add_row(row["model"], row["cell"], *_columns(row))
@@ -108,8 +108,7 @@ def _columns(row: Row) -> list[str]:
         *milliseconds,
         times("gpu_ms"),
         times("wall_ms"),
-        pair("norm_us", "{:.0f}".format),
-        times("norm_us"),
-        pair("norm_share", "{:.1%}".format),
+        pair("compiled_us", "{:.0f}".format),
+        times("compiled_us"),
         pair("compile_s", "{:.1f}".format),
     ]

@@ -18,8 +18,11 @@ assert not [name for name in sys.modules if name.split(".")[0] == "normfuse"]
 """
 
 
-def package_block(directory, device, **options):
-    """A Gemma block with any number of rows, as a package; and the ops that it was rewritten to."""
+def package_block(directory, device, *, plain=False, **options):
+    """A Gemma block with any number of rows, as a package; and the ops that it was rewritten to.
+
+    `plain` makes the package that Inductor makes without us.
+    """
     block, seen = GemmaBlock().to(device, torch.bfloat16), []
 
     def note_ops(graph):
@@ -32,16 +35,21 @@ def package_block(directory, device, **options):
             (activation(4).to(device), activation(4).to(device)),
             dynamic_shapes=({0: rows}, {0: rows}),
         )
+    ours = normfuse.options(post_grad_custom_post_pass=note_ops, **options)
     package = torch._inductor.aoti_compile_and_package(
         program,
-        package_path=str(directory / "block.pt2"),
-        inductor_configs=normfuse.options(post_grad_custom_post_pass=note_ops, **options),
+        package_path=str(directory / ("plain.pt2" if plain else "block.pt2")),
+        inductor_configs={} if plain else ours,
     )
     return block, package, seen
 
 
 def run_elsewhere(package, pairs, directory):
-    """The results of a package for pairs of inputs, from a process that never imports normfuse."""
+    """The results of a package for pairs of inputs, from a process that never imports normfuse.
+
+    Raises:
+        AssertionError: the process failed.
+    """
     inputs, results = directory / "inputs.pt", directory / "results.pt"
     torch.save(pairs, inputs)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

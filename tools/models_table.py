@@ -23,7 +23,7 @@ CELLS = {
     "decode1": "decode 1",
     "decode64": "decode 64",
 }
-HEAD = f"| model | {' | '.join(CELLS.values())} | its norms | their share |\n"
+HEAD = f"| model | {' | '.join(CELLS.values())} | its Triton kernels | their share |\n"
 RULE = f"|{'---|' * (len(CELLS) + 3)}\n"
 
 Row = dict[str, Any]
@@ -49,16 +49,17 @@ def _introduction(record: dict[str, Any]) -> str:
     model, cell, worst = summary["worst"]
     missing = len(record["not_reached"]) + len(summary["failed"])
     place = RECORD.relative_to(ROOT).as_posix()
-    names = ("speedup", "speedup_qk_norm", "norm_speedup", "compile_time_ratio")
-    overall, qk_norm, norms, compiling = (_times(summary[name]) for name in names)
+    names = ("speedup", "speedup_qk_norm", "compiled_speedup", "compile_time_ratio")
+    overall, qk_norm, kernels, compiling = (_times(summary[name]) for name in names)
     return (
         f"- **Whole models**, bf16, {record['layers']} layers, real widths, CUDA graphs: GPU time "
         f"of plain `torch.compile`\n  over that of `auto`, on one {record['gpu']}, torch "
         f"{record['torch']}, triton {record['triton']}, transformers\n  {record['transformers']}. "
         f"Geometric mean {overall}, of models with QK-norm {qk_norm}; the worst is\n  {model} "
-        f"{CELLS[cell]} at {_times(worst)}. Norms and rotary embeddings are {norms} as fast, "
-        f"compiling takes\n  {compiling} as long. {missing} cells are missing. From "
-        f"[{RECORD.name}]({place}), by\n  `{record['command']}`."
+        f"{CELLS[cell]} at {_times(worst)}. All kernels in Triton, norms and whatever else "
+        f"Inductor generates,\n  are {kernels} as fast; compiling takes {compiling} as long. Cells "
+        f"without a number: {missing}. From\n  [{RECORD.name}]({place}), by\n  "
+        f"`{record['command']}`."
     )
 
 
@@ -68,7 +69,7 @@ def _of(record: dict[str, Any], model: str) -> list[Row]:
 
 def _line(name: str, rows: list[Row]) -> str:
     by_cell = [_mean([row for row in rows if row["cell"] == cell], "gpu_ms") for cell in CELLS]
-    columns = [name, *map(_times, by_cell), _times(_mean(rows, "norm_us")), _shares(rows)]
+    columns = [name, *map(_times, by_cell), _times(_mean(rows, "compiled_us")), _shares(rows)]
     return f"| {' | '.join(columns)} |\n"
 
 
@@ -80,12 +81,17 @@ def _mean(rows: list[Row], field: str) -> float | None:
 
 
 def _shares(rows: list[Row]) -> str:
-    """The norms' mean share of the GPU time, without and with us."""
-    columns = [[_value(row, name, "norm_share") for row in rows] for name in ("plain", "auto")]
+    """The Triton kernels' mean share of the GPU time, without and with us."""
+    columns = [[_share(row, name) for row in rows] for name in ("plain", "auto")]
     known = [[one for one in values if one is not None] for values in columns]
     if not all(known):
         return ""
     return " -> ".join(f"{100 * sum(values) / len(values):.0f} %" for values in known)
+
+
+def _share(row: Row, contender: str) -> float | None:
+    part, all_of_it = (_value(row, contender, name) for name in ("compiled_us", "kernels_us"))
+    return part / all_of_it if part and all_of_it else None
 
 
 def _value(row: Row, contender: str, field: str) -> float | None:

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from normfuse import tuning
 from normfuse.cli import workers
+from normfuse.cli.bench.record import without_directories
 from normfuse.cli.errors import UsageError
 from normfuse.cli.sites import regions_of, unique
 from normfuse.cli.subject import DTYPES, load_real
@@ -95,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     """Measures the models of the command line; returns 1 if something could not be measured."""
     _check_device()
     _check_numbers(args)
-    command = "python -m normfuse tune " + shlex.join(sys.argv[2:])
+    command = without_directories("python -m normfuse tune " + shlex.join(sys.argv[2:]))
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -23,7 +23,7 @@ def environment(command: str) -> Record:
     """Versions, device, command, and which sources were measured."""
     is_cuda = torch.cuda.is_available()
     return {
-        "command": command,
+        "command": without_directories(command),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "gpu": torch.cuda.get_device_name() if is_cuda else None,
         "cuda": torch.version.cuda,
@@ -34,6 +34,12 @@ def environment(command: str) -> Record:
         "git": _git_describe(),
         "sources": _digest(),
     }
+
+
+def without_directories(command: str) -> str:
+    """A command with the names of absolute paths: where a file lay says nothing of its content."""
+    words = command.split(" ")
+    return " ".join(Path(word).name if word.startswith("/") else word for word in words)
 
 
 def _version(package: str) -> str | None:
