@@ -25,6 +25,10 @@ from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
+from normfuse.passes.accesses import remember_accesses
+
+remember_accesses()
+
 HOOKS = ("pre_grad_custom_pass", "joint_custom_pre_pass", "post_grad_custom_post_pass")
 
 # Absent in torch 2.11.
