@@ -45,6 +45,14 @@ def test_table_of_models():
     )
 
 
+def test_numbers_of_training():
+    tool = tool_named("training_table")
+    text = (ROOT / "README.md").read_text()
+    assert tool.with_section(text, tool.committed()) == text, (
+        "run: python tools/training_table.py --write"
+    )
+
+
 def test_graph_after():
     """The call that the README shows for a Gemma 3 block stands in the rewritten graph."""
     readme = (ROOT / "README.md").read_text()
