@@ -103,7 +103,8 @@ def rotated(
     Tables of dim / 2 columns hold one angle for each pair.
     """
     first, last = rotation.start, rotation.start + rotation.dim
-    turned = x[..., first:last].to(rotation.dtype)
+    turned = x if rotation.dim == x.shape[-1] else x[..., first:last]
+    turned = turned.to(rotation.dtype)
     if rotation.layout == "complex":
         turned = _turned_as_complex(turned, cos, sin)
     else:
@@ -135,8 +136,8 @@ def _turned_as_complex(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) ->
 def partners(x: torch.Tensor, layout: str) -> torch.Tensor:
     """(-b, a) for every pair (a, b) of columns: `rotate_half` and its interleaved form."""
     if layout == "half":
-        a, b = x.chunk(2, dim=-1)
-        return torch.cat((-b, a), dim=-1)
+        half = x.shape[-1] // 2  # slices, as models have them: Inductor leaves a split in its place
+        return torch.cat((-x[..., half:], x[..., :half]), dim=-1)
     return torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).flatten(-2)
 
 

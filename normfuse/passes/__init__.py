@@ -11,8 +11,8 @@ from torch.fx import Graph
 from normfuse import tuning
 from normfuse.passes import inductor
 from normfuse.passes.foresight import recognise_what_may_win
-from normfuse.passes.lower import Lower
-from normfuse.passes.recognise import Recognise
+from normfuse.passes.lower import IN_INFERENCE, Lower
+from normfuse.passes.recognise import Recognise, is_op
 from normfuse.passes.recorder import Recorder
 from normfuse.settings import Settings
 
@@ -103,6 +103,8 @@ class _AfterAutograd:
             recognise_what_may_win(graph, "val", self.settings)
         else:
             Recognise("val", self.settings, self.recorder)(graph)
+        for node in filter(is_op, graph.nodes):
+            node.meta[IN_INFERENCE] = True
         inductor.keep_artifact("recognised_after_autograd", graph)
 
 

@@ -245,6 +245,18 @@ def is_training(graph: Graph) -> bool:
     )
 
 
+def put_in_order(graph: Graph) -> None:
+    """Give nodes that are new the place that Inductor gave the others, in a graph for inference.
+
+    It moves what a node needs right before it, unless the configuration says otherwise.
+    """
+    from torch._inductor.fx_passes import post_grad
+
+    reorder = getattr(post_grad, "reorder_for_locality", None)
+    if reorder is not None and inductor_config.reorder_for_locality:
+        reorder(graph)
+
+
 def calls_python() -> bool:
     """Whether the code that is being compiled can call an op that is written in Python."""
     return not (V.aot_compilation or inductor_config.cpp_wrapper)

@@ -13,6 +13,7 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_map
 
 from normfuse.ops import lowering as forms
+from normfuse.passes import inductor
 from normfuse.passes.check import add_check
 from normfuse.passes.choice import choose
 from normfuse.passes.form import Form, operands_of
@@ -21,6 +22,11 @@ from normfuse.passes.recorder import Place, Recorder
 from normfuse.settings import Settings
 
 log = logging.getLogger("normfuse")
+
+# In the meta data of ops in graphs for inference, where Inductor has put the nodes in order. An op
+# of several norms waited for the last of its operands; its plain form need not, and Inductor fuses
+# by the order of the nodes.
+IN_INFERENCE = "normfuse_in_inference"
 
 KERNEL_DEVICES = ("cuda",)  # ROCm calls itself that, too
 
@@ -48,6 +54,7 @@ class Lower:
         counts: dict[str, int] = {}
         # Every choice sees the neighbours of its site as they are before anything is spliced in.
         chosen = [(node, *self.form_of(node)) for node in graph.nodes if is_op(node)]
+        is_in_order = any(IN_INFERENCE in node.meta for node, *_ in chosen)
         for node, lowering, reason in chosen:
             counts[lowering] = counts.get(lowering, 0) + 1
             if self.recorder is not None:
@@ -56,6 +63,8 @@ class Lower:
                 add_check(node, self.settings.check_interval)
             if lowering != "op":
                 _splice(node, lowering, traced)
+        if is_in_order and "inline" in counts:
+            inductor.put_in_order(graph)
         if counts:
             log.info("lowered %s", ", ".join(f"{n} as {name}" for name, n in counts.items()))
 

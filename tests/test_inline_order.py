@@ -1,0 +1,57 @@
+"""A model whose ops are all inline has, node for node, the graph that Inductor makes without us."""
+
+import functools
+from itertools import zip_longest
+
+import pytest
+import torch
+
+from normfuse.backend import patches
+from normfuse.capturing import fresh
+from normfuse.cli import tiny_models
+from normfuse.passes import inductor
+from normfuse.passes.recognise import is_op
+
+# Norms alone, with sums, and with the heads' RoPE: `olmo2` has whole projections before its RoPE.
+MODELS = ("llama", "gemma2", "gemma3_text", "phi3", "olmo2")
+
+
+def final_graph(model, inputs, options):
+    """What code is generated from, for inference."""
+    seen = []
+    interpret = functools.partial(
+        inductor.interpret_graph, patches=options, finished=lambda module: seen.append(module.graph)
+    )
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(fresh(model), backend=interpret, dynamic=False)(**inputs)
+    (graph,) = seen
+    return graph
+
+
+def steps(graph):
+    """Every operation and the shapes of its operands; products and sums may have them swapped."""
+    return [
+        (str(node.target), sorted(str(shape) for shape in map(shape_of, node.all_input_nodes)))
+        for node in graph.nodes
+        if node.op == "call_function"
+    ]
+
+
+def shape_of(node):
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_plain_forms_stand_where_the_model_had_them(name):
+    """Inductor fuses by the order of the nodes: elsewhere they would become other kernels."""
+    model, config = tiny_models.build(name, torch.bfloat16)
+    inputs = tiny_models.example_inputs(model, config)
+    plain = final_graph(model, inputs, {})
+    inline = final_graph(model, inputs, patches(None, {"normfuse.lowering": "inline"}))
+    ops = final_graph(model, inputs, patches(None, {"normfuse.lowering": "op"}))
+
+    assert any(is_op(node) for node in ops.nodes), "there is something to be inline"
+    for number, (one, other) in enumerate(zip_longest(steps(inline), steps(plain))):
+        assert one == other, f"node {number}"
