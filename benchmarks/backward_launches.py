@@ -2,11 +2,16 @@
 
     python benchmarks/backward_launches.py --time-limit 150 --out backward_launches.json
     python benchmarks/backward_launches.py --ops sandwich --widths 4096 --rows 8192
+    python benchmarks/backward_launches.py --ops sums --out sums.json
 
 Every candidate is compiled beforehand, in many processes, and timed with cold caches beside the
 launch that ships: both stages, weight gradients included. A candidate is how many elements of a
 chunk a lane takes, how many threads share a row, in how many stages rows are loaded, and how many
 programs a multiprocessor gets. Those that spill registers take no part.
+
+`sums` is the second stage alone, as one weight has it: partial sums of one, two or three programs
+for each multiprocessor, in the cache, as behind the first stage. Its candidates are how many of
+them a program takes at once, of how many columns, with how many warps.
 """
 
 from __future__ import annotations
@@ -29,10 +34,15 @@ from rich.progress import track
 
 from normfuse.cli.bench.peers import one_line
 from normfuse.cli.bench.record import environment
-from normfuse.cli.bench.timing import Clock, CudaClock, DryClock
+from normfuse.cli.bench.timing import Clock, CudaClock, DryClock, Rotation
 from normfuse.ops.residual_sum import Scales
 from normfuse.ops.rounding import RoundingPlan
 
+SUMS = tuple(
+    (rows, cols, warps)
+    for rows, cols, warps in product((64, 128, 256, 512), (8, 16, 32, 64), (2, 4, 8))
+    if 4 <= rows * cols // (32 * warps) <= 64
+)
 DTYPE = torch.bfloat16
 WIDTHS = (4096, 2816, 5376, 8192, 2048, 2560, 1024, 16384)
 ROWS = (2048, 8192, 32768)
@@ -174,9 +184,46 @@ def measured(
     return sorted(times)
 
 
+def measured_sums(width: int, clock: Clock) -> dict[str, list[list[Any]]]:
+    """[us, rows, columns, warps] of the second stage, fastest first, by the number of programs."""
+    from normfuse.ops.kernels.row_backward import sum_partials_kernel
+
+    def summed(partial: torch.Tensor, weight: torch.Tensor, how: Any) -> Sequence[Any]:
+        rows, cols, warps = how
+        grad = torch.empty_like(weight)
+        sum_partials_kernel[(-(-width // cols), 1)](
+            *(partial, grad, partial.shape[0], *[None, None, 0] * 3),
+            **{"N_1": width, "N_2": 0, "N_3": 0, "N_4": 0, "ROWS": rows, "BLOCK": cols},
+            num_warps=warps,
+        )
+        return [grad]
+
+    found: dict[str, list[list[Any]]] = {}
+    weight = torch.ones(width, dtype=DTYPE, device=clock.device)
+    for programs in (SMS, 2 * SMS, 3 * SMS):
+        sets = [(torch.randn(programs, width, device=clock.device), weight)]
+        rotation = Rotation.hot(sets[0][0].nbytes)
+        assert rotation is not None, "partial sums fit in the cache"
+        times = []
+        with clock.session(), torch.no_grad():
+            for how in SUMS:
+                call: Any = partial(_last_given, summed, how)
+                if clock.device.type != "cuda":
+                    call = lambda *tensors: tensors  # noqa: E731
+                call(*sets[0])
+                recording = clock.record(call, sets, rotation.cycles, [None])
+                times.append([median(clock.samples(recording, rotation, SAMPLES)), *how])
+        found[f"{programs} x {width}"] = sorted(times)
+    return found
+
+
+def _last_given(function: Callable[..., Any], last: Any, *arguments: Any) -> Any:
+    return function(*arguments, last)
+
+
 def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ops", nargs="+", default=list(OPS), choices=list(OPS))
+    parser.add_argument("--ops", nargs="+", default=list(OPS), choices=[*OPS, "sums"])
     parser.add_argument("--widths", nargs="+", type=int, default=list(WIDTHS))
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
@@ -190,7 +237,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parsed(argv)
     end = time.monotonic() + arguments.time_limit
     clock: Clock = DryClock() if arguments.dry_run else CudaClock()
-    plan = list(product(arguments.widths, arguments.ops))
+    plan = list(product(arguments.widths, [op for op in arguments.ops if op in OPS]))
     jobs = [
         (op, width, kernel)
         for width, op in plan
@@ -198,12 +245,19 @@ def main(argv: list[str] | None = None) -> None:
     ]
     kernels = {} if arguments.dry_run else compile_all(jobs, arguments.workers)
     record: Record = {
-        **environment(" ".join(["python benchmarks/backward_launches.py", *sys.argv[1:]])),
+        **environment(
+            " ".join(["python benchmarks/backward_launches.py", *(argv or sys.argv[1:])])
+        ),
         "is_dry": arguments.dry_run,
         "fields": ["us", *Candidate._fields],
         "kernels": [[*job[:2], job[2], found] for job, found in kernels.items()],
         "cells": {},
+        "sums": {},
     }
+    for width in arguments.widths if "sums" in arguments.ops else ():
+        record["sums"] |= measured_sums(width, clock)
+    for name, times in record["sums"].items():
+        print(f"sums {name}:", *(f"{us:.2f} {how}" for us, *how in times[:5]))
     for (width, op), rows in track(list(product(plan, arguments.rows)), description="measuring"):
         if time.monotonic() > end:
             break

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import backward, training
+from benchmarks import backward, backward_launches, training
 
 
 @pytest.fixture(autouse=True)
@@ -63,3 +63,26 @@ def test_a_wrong_gradient_stops_the_benchmark():
     backward.check("right", "norm", backward.OPS["norm"][1], tensors, rest)
     with pytest.raises(AssertionError, match="wrong errs by"):
         backward.check("wrong", "norm", wrong, tensors, rest)
+
+
+def test_launches_of_a_backward(tmp_path):
+    out = tmp_path / "launches.json"
+    sizes = ["--widths", "64", "--rows", "8", "--ops", "norm", "sums"]
+
+    backward_launches.main(["--dry-run", *sizes, "--out", str(out)])
+
+    record = json.loads(out.read_text())
+    assert str(tmp_path) not in out.read_text()
+    assert list(record["cells"]) == ["norm 8 x 64"]
+    assert list(record["sums"]) == ["132 x 64", "264 x 64", "396 x 64"]
+
+
+@pytest.mark.parametrize("width", backward_launches.WIDTHS)
+def test_candidates_cover_a_row(width):
+    found = list(backward_launches.candidates(width))
+
+    assert len(set(found)) == len(found) > 0
+    for one in found:
+        tile = backward_launches.tile_of(one, width, 4096)
+        assert tile.block * (tile.chunks - 1) < width <= tile.block * tile.chunks
+        assert tile.num_warps * 32 * one.each <= 2048
