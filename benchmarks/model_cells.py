@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from model_floor import without_norms
 from model_zoo import Rewind, decode, prefill
 from torch._inductor.utils import fresh_cache
 
@@ -32,6 +33,7 @@ TINY_CELLS = {
     "decode64": lambda model: decode(model, 4, filled=5, cache_size=8),
 }
 MODE = "reduce-overhead"
+WITHOUT = "without"  # norms and rotary embeddings, plainly compiled
 PROFILED = 3  # replays
 
 # The words of a kernel's name that make it one of norms and rotary embeddings.
@@ -52,7 +54,8 @@ class Contender:
     running: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
-        ours = {} if self.name == "plain" else {"normfuse.lowering": self.name}
+        is_plain = self.name in ("plain", WITHOUT)
+        ours = {} if is_plain else {"normfuse.lowering": self.name}
         self._patches = (
             patches(MODE, {**self.options, **ours})
             if ours
@@ -83,7 +86,7 @@ class Plan:
     """How a cell is measured.
 
     Attributes:
-        contenders: "plain" first, then lowerings of normfuse.
+        contenders: "plain" first, then lowerings of normfuse and `WITHOUT`.
         rounds: in which each contender is timed once.
         options: of Inductor, for all.
         turn: held while the GPU runs; for several processes that share one.
@@ -115,7 +118,8 @@ def measure(
             rewind()
         runs, found = {}, {}
         for name in list(plan.contenders)[:: -1 if reverse else 1]:
-            runs[name] = Contender(name, model, plan.turn, plan.options)
+            subject = without_norms(model) if name == WITHOUT else model
+            runs[name] = Contender(name, subject, plan.turn, plan.options)
             found[name] = _compiled(runs[name], inputs, rewind, cold)
         with plan.turn:
             _check(found, eager)
@@ -124,6 +128,7 @@ def measure(
                 found[name] |= times
             for name, run in good.items():
                 found[name] |= _profile(run, inputs, rewind)
+            note_costs(found)
     return {name: found[name] for name in plan.contenders}
 
 
@@ -187,8 +192,8 @@ def _check(found: dict[str, dict[str, Any]], eager: torch.Tensor) -> None:
         if "logits" in one:
             one["error"] = size(one.pop("logits") - eager) / size(eager)
     allowed = 2 * found["plain"].get("error", 0) + torch.finfo(torch.bfloat16).eps
-    for one in found.values():
-        if "failed" not in one and not one["error"] <= allowed:
+    for name, one in found.items():
+        if name != WITHOUT and "failed" not in one and not one["error"] <= allowed:
             one["failed"] = f"differs from eager by {one['error']:.2e}, allowed is {allowed:.2e}"
 
 
@@ -260,6 +265,14 @@ def _profile(run: Contender, inputs: Any, rewind: Rewind) -> dict[str, Any]:
     except Exception as error:  # times are worth keeping without it
         return {"profile_failed": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
     return shares(kernels)
+
+
+def note_costs(found: dict[str, dict[str, Any]]) -> None:
+    """What norms and rotary embeddings cost each contender, where the rest was measured."""
+    rest = found.get(WITHOUT, {}).get("compiled_us")
+    for name, one in found.items():
+        if rest is not None and name != WITHOUT and "compiled_us" in one:
+            one["cost_us"] = one["compiled_us"] - rest
 
 
 def shares(kernels: list[tuple[str, float]]) -> dict[str, Any]:

@@ -20,6 +20,8 @@ plain Inductor's allows is reported, not timed. Then, for each contender:
     compile_s    of the first cell of a model: without caches, in one thread unless
                  TORCHINDUCTOR_COMPILE_THREADS says otherwise, half of them plain first; tracing
                  included, running and trying launches not
+    cost_us      with `--without`: `compiled_us`, less that of plain Inductor for the same model
+                 without norms and rotary embeddings (`model_floor.py`): what they cost
     peak_mb      memory beyond weights and inputs while it compiles, records and replays
 
 Each model has a process of its own, so that models compile at the same time; they take turns on the
@@ -47,7 +49,7 @@ os.environ.setdefault("DISABLE_CUPTI_LAZY_REINIT", "1")
 os.environ.setdefault("TEARDOWN_CUPTI", "0")
 
 import torch
-from model_cells import CELLS, TINY_CELLS, Plan, forget, measure
+from model_cells import CELLS, TINY_CELLS, WITHOUT, Plan, forget, measure
 from model_zoo import MODELS, build
 from models_summary import json_text, show, summary
 from rich.console import Console
@@ -69,6 +71,7 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=30, help="of timing, at least 1")
     parser.add_argument("--triton", action="store_true", help='time lowering="triton", too')
+    parser.add_argument(f"--{WITHOUT}", action="store_true", help="time what the rest costs, too")
     parser.add_argument("--no-compile-times", action="store_true", help="compile with caches")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="after the imports")
     jobs = "processes; 1 is this one (default: one for each model, at most one for each core)"
@@ -94,7 +97,8 @@ def rows_of(
     models: list[str], arguments: argparse.Namespace, turn: AbstractContextManager[Any]
 ) -> Iterator[Row]:
     """A row for each cell, one of each model first."""
-    names = ("plain", "auto", "triton") if arguments.triton else ("plain", "auto")
+    others = [name for name in ("triton", WITHOUT) if getattr(arguments, name)]
+    names = ("plain", "auto", *others)
     options = {"disable_cpp_codegen": True} if arguments.device == "cpu" else {}
     plan = Plan(names, arguments.rounds, options, turn)
     cells = TINY_CELLS if arguments.tiny else CELLS

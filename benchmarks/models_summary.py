@@ -39,6 +39,7 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
         "norm_speedup": _mean(timed, "norm_us"),
         "norm_speedup_qk_norm": _mean(_with_qk_norm(timed), "norm_us"),
         "compiled_speedup": _mean(timed, "compiled_us"),
+        "cost_ratio": _cost_ratio(timed),
         "compile_time_ratio": _inverse(_mean(timed, "compile_s")),
         "failed": [_failure(row) for row in rows if _failure(row)],
     }
@@ -56,6 +57,13 @@ def _is_slower(row: Row) -> bool:
 def _mean(rows: Iterable[Row], field: str) -> float | None:
     found = [value for row in rows if (value := ratio(row, field))]
     return geometric_mean(found) if found else None
+
+
+def _cost_ratio(rows: Iterable[Row]) -> float | None:
+    """What norms and rotary embeddings cost in all rows, with us, as a share of what they did."""
+    pairs = [[row["contenders"][name].get("cost_us") for name in ("plain", "auto")] for row in rows]
+    known = [(plain, ours) for plain, ours in pairs if plain is not None and ours is not None]
+    return sum(ours for _, ours in known) / sum(plain for plain, _ in known) if known else None
 
 
 def _inverse(value: float | None) -> float | None:

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.test_readme import tool_named
 
@@ -25,7 +26,7 @@ def benchmark(name):
 
 
 models, model_cells, model_zoo = map(benchmark, ("models", "model_cells", "model_zoo"))
-models_summary = benchmark("models_summary")
+models_summary, model_floor = map(benchmark, ("models_summary", "model_floor"))
 
 
 def test_a_tiny_model_goes_through_every_step(tmp_path, capsys):
@@ -92,6 +93,56 @@ class TestMeasure:
         found = self.measured(model)
         assert found["auto"]["failed"].startswith("TypeError: ")
         assert found["plain"]["gpu_ms"] > 0
+
+    def test_the_rest_of_a_model_may_compute_something_else(self, model):
+        plan = model_cells.Plan(("plain", model_cells.WITHOUT), 1, {}, nullcontext())
+        make = model_cells.TINY_CELLS["prefill512"]
+        found = model_cells.measure(model, make, plan, cold=False, reverse=False)
+        assert found[model_cells.WITHOUT]["error"] > 0.1
+        assert found[model_cells.WITHOUT]["gpu_ms"] > 0
+
+
+@pytest.mark.parametrize("name", model_zoo.MODELS)
+def test_a_model_without_norms_and_rotary_embeddings(name):
+    whole = model_zoo.build(name, "cpu", 2, tiny=True)
+    bare = model_floor.without_norms(whole)
+    steps = []
+
+    def note(module, inputs):
+        steps.extend(str(node.target) for node in module.graph.nodes)
+        return module.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        inputs = model_zoo.prefill(whole, 8)
+        before = whole(**inputs).logits
+        result = torch.compile(bare, backend=note, dynamic=False)(**inputs).logits
+
+        assert result.shape == before.shape
+        assert not any("rsqrt" in step or "neg" in step for step in steps)
+        assert torch.equal(whole(**inputs).logits, before), "the model itself is as it was"
+    ids = {id(one) for one in whole.parameters()}
+    assert all(id(one) in ids for one in bare.parameters()), "no weight is there twice"
+
+
+def test_a_model_without_norms_must_have_some():
+    with pytest.raises(ValueError, match="got none"):
+        model_floor.without_norms(torch.nn.Linear(2, 2))
+
+
+def test_what_norms_cost_is_the_difference_to_the_rest():
+    found = {
+        "plain": {"compiled_us": 10.0},
+        "auto": {"compiled_us": 7.0},
+        "triton": {"failed": "no memory"},
+        model_cells.WITHOUT: {"compiled_us": 4.0},
+    }
+    model_cells.note_costs(found)
+    assert (found["plain"]["cost_us"], found["auto"]["cost_us"]) == (6.0, 3.0)
+    assert "cost_us" not in found["triton"]
+    assert "cost_us" not in found[model_cells.WITHOUT]
+    rows = [{"model": "qwen3_8b", "cell": "decode1", "contenders": found}]
+    assert models_summary._cost_ratio(rows) == 0.5
 
 
 @pytest.mark.parametrize("layers", [2, 4, 6])
