@@ -186,7 +186,7 @@ class TestInline(TestCase):
     rsqrt = aten.rsqrt.default(add_1)
     mul = aten.mul.Tensor(convert_element_type, rsqrt)
     convert_element_type_1 = prims.convert_element_type.default(mul, torch.bfloat16)
-    mul_1 = aten.mul.Tensor(convert_element_type_1, weight_1)
+    mul_1 = aten.mul.Tensor(weight_1, convert_element_type_1)
     return (mul_1, add)""",
         )
 

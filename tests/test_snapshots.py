@@ -73,7 +73,7 @@ lowered:
     rsqrt = aten.rsqrt.default(add_2)
     mul = aten.mul.Tensor(convert_element_type_2, rsqrt)
     convert_element_type_3 = prims.convert_element_type.default(mul, torch.bfloat16)
-    mul_1 = aten.mul.Tensor(convert_element_type_3, arg2_1)
+    mul_1 = aten.mul.Tensor(arg2_1, convert_element_type_3)
     permute = aten.permute.default(arg3_1, (1, 0))
     addmm_default = aten.addmm.default(add_1, mul_1, permute)
     return (addmm_default)

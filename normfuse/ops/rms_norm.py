@@ -42,7 +42,7 @@ def rms_norm_reference(
     y, rstd = _normalised(h if steps.unit[0] == steps.compute else x, variance, steps)
     if steps.weight is not None:
         assert weight is not None
-        y = y * _factor(weight, offset, steps.weight)
+        y = _scaled(y, weight, offset, steps.weight)
     return y.to(steps.out), rstd
 
 
@@ -81,7 +81,7 @@ def normalised_by(
     y = _unit(x.to(steps.unit[0]), root, steps)
     if steps.weight is not None:
         assert weight is not None
-        y = y * _factor(weight, offset, steps.weight)
+        y = _scaled(y, weight, offset, steps.weight)
     return y.to(steps.out)
 
 
@@ -93,11 +93,21 @@ def _unit(x: torch.Tensor, root: torch.Tensor, steps: RoundingPlan) -> torch.Ten
     return unit
 
 
-def _factor(
-    weight: torch.Tensor, offset: float, dtypes: tuple[torch.dtype, torch.dtype]
+def _scaled(
+    unit: torch.Tensor,
+    weight: torch.Tensor,
+    offset: float,
+    dtypes: tuple[torch.dtype, torch.dtype],
 ) -> torch.Tensor:
+    """The operands stand as models write them, and Inductor loads them in that order.
+
+    A bare weight comes first, as in Llama's norm; one that is converted or offset behind the unit
+    value, as in Gemma's.
+    """
+    if not offset and dtypes == (weight.dtype, weight.dtype):
+        return weight * unit
     weight = weight.to(dtypes[0])
-    return (weight + offset if offset else weight).to(dtypes[1])
+    return unit * (weight + offset if offset else weight).to(dtypes[1])
 
 
 def rms_norm_fake(
