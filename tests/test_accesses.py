@@ -73,6 +73,7 @@ def generated(kernels_on_cpu, monkeypatch):
     return kernels
 
 
+@pytest.mark.guarantee
 def test_launches_that_agree_are_looked_at_once(generated):
     asked = launches(layers=4)
     for arguments in asked:
@@ -82,6 +83,7 @@ def test_launches_that_agree_are_looked_at_once(generated):
     assert len(generated) == 1
 
 
+@pytest.mark.guarantee
 def test_what_is_kept_is_what_torch_finds_again(generated):
     for arguments in launches(layers=2):
         assert analysis()(*arguments) == analysis().__wrapped__(*arguments)

@@ -177,7 +177,7 @@ lowered:
     add = aten.add.Tensor(mean, 1e-06)
     rsqrt = aten.rsqrt.default(add)
     mul = aten.mul.Tensor(convert_element_type, rsqrt)
-    mul_1 = aten.mul.Tensor(mul, view)
+    mul_1 = aten.mul.Tensor(view, mul)
     view_2 = aten.view.default(mul_1, (1, 2, 8))
     convert_element_type_1 = prims.convert_element_type.default(arg2_1, torch.float32)
     neg = aten.neg.default(convert_element_type_1)

@@ -44,6 +44,7 @@ def shape_of(node):
     return tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
 
 
+@pytest.mark.guarantee
 @pytest.mark.parametrize("name", MODELS)
 def test_the_plain_forms_stand_where_the_model_had_them(name):
     """Inductor fuses by the order of the nodes: elsewhere they would become other kernels."""
