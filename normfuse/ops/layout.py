@@ -8,6 +8,7 @@ import torch
 def dense_like(value: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """`value`, laid out as `wanted`, which is dense: its elements have no gaps between them.
 
+    Strides of axes of one element, which address nothing, may be others.
     Permuted, made contiguous and permuted back, not copied into an empty tensor: torch 2.11's
     Inductor may fuse such a copy on the CPU and then read a buffer that it never allocated.
     """

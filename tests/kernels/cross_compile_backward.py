@@ -61,7 +61,9 @@ def compile_backward(stem: str, width: int, dtype: torch.dtype, target: str) -> 
     plan = RoundingPlan.once(dtype, dtype)
     rstd = torch.empty(NUM_ROWS, 1, dtype=plan.compute, device="meta")
     norms = 2 if stem.count("norm") == 2 else 1
-    tile = BackwardLaunch.for_shape(width, NUM_ROWS, dtype, norms=norms, warp_size=gpu.warp_size)
+    operands = {"rms_norm_backward": 2, "add_rms_norm_backward": 3}.get(stem, 4)
+    sizes: Any = {"norms": norms, "operands": operands, "warp_size": gpu.warp_size}
+    tile = BackwardLaunch.for_shape(width, NUM_ROWS, dtype, **sizes)
     settings: Any = {"tile": tile, "wrap": recorder}
     if norms == 2:
         both = ((weight, rstd, 1.0, plan),) * 2
@@ -90,7 +92,9 @@ def compile_norms(
     plan = RoundingPlan.once(dtype, dtype)
     rstd = torch.empty(NUM_ROWS, 1, dtype=plan.compute, device="meta")
     norms = count or MANY_NORMS[stem]
-    tile = BackwardLaunch.for_shape(width, NUM_ROWS, dtype, norms=norms, warp_size=gpu.warp_size)
+    operands = {"dual_rms_norm_add_backward": 3}.get(stem, norms + 1)
+    sizes: Any = {"norms": norms, "operands": operands, "warp_size": gpu.warp_size}
+    tile = BackwardLaunch.for_shape(width, NUM_ROWS, dtype, **sizes)
     settings: Any = {"tile": tile, "wrap": recorder}
     with _building_for(gpu):
         if stem == "rms_norms_backward":

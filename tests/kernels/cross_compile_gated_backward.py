@@ -40,7 +40,9 @@ def _record(stem: str, width: int, dtype: torch.dtype, warp_size: int, recorder:
     weight = x[0, 0]
     plan = RoundingPlan.once(dtype, dtype)
     rstd = torch.empty(*x.shape[:-1], groups, 1, dtype=plan.compute, device="meta")
-    tile = BackwardLaunch.for_shape(width, NUM_ROWS, dtype, norms=2, warp_size=warp_size)
+    module = gated_rms_norm_backward if "gate" in stem else modulated_rms_norm_backward
+    sizes: Any = {"norms": 2, "operands": module.OPERANDS, "warp_size": warp_size}
+    tile = BackwardLaunch.for_shape(width, NUM_ROWS, dtype, **sizes)
     settings: Any = {"tile": replace(tile, programs=16), "wrap": recorder}
     if "gate" in stem:
         gate = (groups, "first" in stem, "silu", plan, [True] * 3)

@@ -1,6 +1,7 @@
 """The backward kernels, compiled for GPUs that are not here: no register is spilled."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -9,6 +10,7 @@ from tests.kernels.inputs import BF16, F32, F64
 pytest.importorskip("triton", reason="compiles with triton")
 cross_compile = pytest.importorskip("tests.kernels.cross_compile")
 backward = pytest.importorskip("tests.kernels.cross_compile_backward")
+SHARED_MEMORY = 227 * 1024  # of a program on sm_90, in bytes
 
 
 def spilled(stem, width, dtype, target, path):
@@ -33,6 +35,39 @@ def test_no_target_spills(stem, width, target, tmp_path):
 @pytest.mark.parametrize("stem", backward.STEMS)
 def test_a_wide_row_does_not_spill(stem, width, dtype, tmp_path):
     assert set(spilled(stem, width, dtype, "sm_90", tmp_path).values()) == {0}
+
+
+# The widest rows that are held, by type.
+@pytest.mark.parametrize(
+    ("width", "dtype"), [(8192, BF16), (12288, BF16), (6144, F32), (2048, F64)]
+)
+@pytest.mark.parametrize("stem", backward.STEMS)
+def test_rows_on_their_way_have_room(stem, width, dtype):
+    kernel, *_ = backward.compile_backward(stem, width, dtype, "sm_90").values()
+
+    assert kernel.metadata.shared <= SHARED_MEMORY
+
+
+@pytest.mark.parametrize(("width", "dtype"), [(4096, BF16), (3072, F32), (1536, F64)])
+@pytest.mark.parametrize("stem", backward.MANY_NORMS)
+def test_rows_of_several_norms_have_room(stem, width, dtype):
+    assert backward.compile_norms(stem, width, dtype, "sm_90").metadata.shared <= SHARED_MEMORY
+
+
+@pytest.mark.parametrize("total", [48, 64, 99, 163, 227])
+@pytest.mark.parametrize("width", [1024, 5376, 8192, 12288])
+def test_a_gpu_with_less_shared_memory_has_fewer_rows_on_their_way(width, total):
+    launch = backward.BackwardLaunch.for_shape(
+        width, 4096, BF16, norms=2, operands=4, shared_memory=total * 1024
+    )
+
+    ahead = (launch.stages - 1) * 4 * launch.block * launch.chunks * BF16.itemsize
+    assert launch.stages >= 1
+    assert ahead < total * 1024
+    assert launch == replace(
+        backward.BackwardLaunch.for_shape(width, 4096, BF16, norms=2, operands=4),
+        stages=launch.stages,
+    ), "nothing else, and so no bit, depends on the GPU"
 
 
 @pytest.mark.parametrize("stem", backward.STEMS)

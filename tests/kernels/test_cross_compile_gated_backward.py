@@ -9,6 +9,7 @@ from tests.kernels.inputs import BF16, F32, F64
 pytest.importorskip("triton", reason="compiles with triton")
 cross_compile = pytest.importorskip("tests.kernels.cross_compile")
 backward = pytest.importorskip("tests.kernels.cross_compile_gated_backward")
+SHARED_MEMORY = 227 * 1024  # of a program on sm_90, in bytes
 
 
 def spilled(stem, width, dtype, target, path):
@@ -34,6 +35,15 @@ def test_no_target_spills(stem, width, target, tmp_path):
 @pytest.mark.parametrize("stem", ["gate last", "gate first", "modulated rows"])
 def test_a_wide_row_does_not_spill(stem, width, dtype, tmp_path):
     assert set(spilled(stem, width, dtype, "sm_90", tmp_path).values()) == {0}
+
+
+# The widest rows that are held, by type.
+@pytest.mark.parametrize(("width", "dtype"), [(8192, BF16), (6144, F32), (2048, F64)])
+@pytest.mark.parametrize("stem", ["gate last", "gate first", "modulated rows"])
+def test_rows_on_their_way_have_room(stem, width, dtype):
+    kernel, *_ = backward.compile_backward(stem, width, dtype, "sm_90").values()
+
+    assert kernel.metadata.shared <= SHARED_MEMORY
 
 
 @pytest.mark.parametrize("stem", backward.STEMS)

@@ -63,6 +63,11 @@ if TYPE_CHECKING:
     from normfuse.ops.rounding import RoundingPlan
 
 
+# Tiles of a row that the loop loads: x, gate, gradient, weight, and a part of one that is staged
+# twice. No row takes more shared memory (tests/kernels/test_cross_compile_gated_backward.py).
+OPERANDS = 5
+
+
 @triton.jit
 def _activated(gate, ACTIVATION: tl.constexpr):
     """act(gate) and act'(gate), where s * (1 + gate * (1 - s)) is s + act(gate) * (1 - s)."""
@@ -368,6 +373,6 @@ def _tile_for(
     if plan.compute == torch.float64:
         dtype = plan.compute
     # With the gate, a row takes the registers of two norms.
-    sizes: Any = {"norms": 2, "operands": 3, "shared_memory": shared_memory(x.device)}
+    sizes: Any = {"norms": 2, "operands": OPERANDS, "shared_memory": shared_memory(x.device)}
     tile = BackwardLaunch.for_shape(x.shape[-1], num_rows(x), dtype, **sizes)
     return replace(tile, programs=triton.cdiv(tile.programs, weights))

@@ -57,6 +57,11 @@ if TYPE_CHECKING:
     from normfuse.ops.rounding import RoundingPlan
 
 
+# Tiles of a row that the loop loads: x, gradient, scale and weight, two of them for both of their
+# uses. No row takes more shared memory (tests/kernels/test_cross_compile_gated_backward.py).
+OPERANDS = 6
+
+
 @triton.jit
 def _store_gradients(
     grad_y, x, scale, weight, rstd, mean, grad_x_ptr, grad_scale_ptr, cols, mask,
@@ -368,5 +373,5 @@ def _tile_for(
     if plan.compute == torch.float64:
         dtype = plan.compute
     # Two sums are held: a row takes the registers of two norms.
-    sizes: Any = {"norms": 2, "operands": 2, "shared_memory": shared_memory(x.device)}
+    sizes: Any = {"norms": 2, "operands": OPERANDS, "shared_memory": shared_memory(x.device)}
     return BackwardLaunch.for_shape(x.shape[-1], num_rows(x), dtype, **sizes)

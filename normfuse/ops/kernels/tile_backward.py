@@ -29,8 +29,9 @@ STAGES = 3
 # more write partial sums for nothing (the same record).
 BYTES_AHEAD = 48 * 1024
 ROWS_EACH = 4  # at least, of a program, where a multiprocessor has several
-# What a program may keep of rows on their way where no GPU says: an H100's.
-SHARED_MEMORY = 227 * 1024
+# What a program may keep of rows on their way where no GPU says: an H100's. Sums that warps
+# exchange take some of it, too.
+SHARED_MEMORY, EXCHANGED = 227 * 1024, 8 * 1024
 
 # By the bytes of an element: how many of a chunk a lane takes, and how many chunks of a row it
 # holds in a kernel of one norm; of two, or of two things in the same registers; and of these where
@@ -86,7 +87,8 @@ class BackwardLaunch:
             num_rows: may be symbolic.
             dtype: the widest type of the operands and of the sums.
             norms: how many norms have a row in the registers at once.
-            operands: how many tensors as large as the gradient are read.
+            operands: how many tiles of such a row a loop loads, those of weights included if it
+                loads them, too.
             warp_size: lanes of a warp.
             shared_memory: the bytes that a program may have; decides in how many stages rows are
                 read, which changes no bit.
@@ -102,7 +104,8 @@ class BackwardLaunch:
             rows, chunks = 1, triton.cdiv(cols, block)
         tile_bytes = rows * block * chunks * dtype.itemsize * operands
         programs = num_programs(num_rows, rows, tile_bytes)
-        stages = STAGES if (STAGES - 1) * tile_bytes < shared_memory else STAGES - 1
+        left = max(0, shared_memory - EXCHANGED)
+        stages = min(STAGES, 1 + left // tile_bytes)
         return cls(rows, block, chunks, held, threads // warp_size, programs, stages)
 
     def constants(self) -> dict[str, Any]:
