@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -33,7 +32,7 @@ from rich.table import Table
 
 import normfuse
 from normfuse.cli.bench.measuring import copies
-from normfuse.cli.bench.record import environment
+from normfuse.cli.bench.record import command_of, environment
 from normfuse.cli.bench.timing import Clock, CudaClock, DryClock, Recording, Rotation, measure
 
 EPS = 1e-6
@@ -312,7 +311,7 @@ def main(argv: list[str] | None = None) -> None:
     clock = CudaClock() if arguments.device == "cuda" else DryClock()
     ceiling = clock.copy_gb_s()
     record = {
-        **environment(command(argv)),
+        **environment(command_of("benchmarks/backward.py", argv)),
         "unit": "us of GPU time, median",
         "copy_gb_s": ceiling,
         "is_dry": arguments.device == "cpu",
@@ -341,15 +340,6 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(
             "\n".join(f"failed: {one['cell']}: {one['error']}" for one in record["failed"])
         )
-
-
-def command(argv: list[str] | None) -> str:
-    """As it was typed, but for the directory of the record, which is nobody's business."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    for index, word in enumerate(words[:-1]):
-        if word == "--out":
-            words[index + 1] = Path(words[index + 1]).name
-    return " ".join(["python benchmarks/backward.py", *words])
 
 
 def show(record: dict[str, Any]) -> None:

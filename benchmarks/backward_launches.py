@@ -1,4 +1,4 @@
-"""Which launch of a backward is fastest: what normfuse/ops/kernels/launches.py holds of them.
+"""Which launch of a backward is fastest: what the rules of tile_backward.py were made from.
 
     python benchmarks/backward_launches.py --time-limit 150 --out backward_launches.json
     python benchmarks/backward_launches.py --ops sandwich --widths 4096 --rows 8192
@@ -20,7 +20,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -33,7 +32,7 @@ import torch
 from rich.progress import track
 
 from normfuse.cli.bench.peers import one_line
-from normfuse.cli.bench.record import environment
+from normfuse.cli.bench.record import command_of, environment
 from normfuse.cli.bench.timing import Clock, CudaClock, DryClock, Rotation
 from normfuse.ops.residual_sum import Scales
 from normfuse.ops.rounding import RoundingPlan
@@ -163,6 +162,11 @@ def compile_all(jobs: list[Any], workers: int) -> dict[Any, Record]:
         return dict(track(found, description="compiling", total=len(jobs)))
 
 
+def unchanged(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
+    """In the place of a launch, in a dry run."""
+    return tensors
+
+
 def measured(
     op: str, width: int, rows: int, tried: list[Candidate | None], clock: Clock
 ) -> list[list[Any]]:
@@ -173,9 +177,8 @@ def measured(
     times = []
     with clock.session(), torch.no_grad():
         for one in tried:
-            call = partial(launched, op, None if one is None else tile_of(one, width, rows))
-            if clock.device.type != "cuda":
-                call = lambda *tensors: tensors  # noqa: E731
+            tile = None if one is None else tile_of(one, width, rows)
+            call = partial(launched, op, tile) if clock.device.type == "cuda" else unchanged
             call(*sets[0])
             results: list[Any] = [None] * len(sets)
             recording = clock.record(call, sets, rotation.cycles, results)
@@ -188,11 +191,11 @@ def measured_sums(width: int, clock: Clock) -> dict[str, list[list[Any]]]:
     """[us, rows, columns, warps] of the second stage, fastest first, by the number of programs."""
     from normfuse.ops.kernels.row_backward import sum_partials_kernel
 
-    def summed(partial: torch.Tensor, weight: torch.Tensor, how: Any) -> Sequence[Any]:
+    def summed(sums: torch.Tensor, weight: torch.Tensor, how: Any) -> Sequence[Any]:
         rows, cols, warps = how
         grad = torch.empty_like(weight)
         sum_partials_kernel[(-(-width // cols), 1)](
-            *(partial, grad, partial.shape[0], *[None, None, 0] * 3),
+            *(sums, grad, sums.shape[0], *[None, None, 0] * 3),
             **{"N_1": width, "N_2": 0, "N_3": 0, "N_4": 0, "ROWS": rows, "BLOCK": cols},
             num_warps=warps,
         )
@@ -207,18 +210,12 @@ def measured_sums(width: int, clock: Clock) -> dict[str, list[list[Any]]]:
         times = []
         with clock.session(), torch.no_grad():
             for how in SUMS:
-                call: Any = partial(_last_given, summed, how)
-                if clock.device.type != "cuda":
-                    call = lambda *tensors: tensors  # noqa: E731
+                call = partial(summed, how=how) if clock.device.type == "cuda" else unchanged
                 call(*sets[0])
                 recording = clock.record(call, sets, rotation.cycles, [None])
                 times.append([median(clock.samples(recording, rotation, SAMPLES)), *how])
         found[f"{programs} x {width}"] = sorted(times)
     return found
-
-
-def _last_given(function: Callable[..., Any], last: Any, *arguments: Any) -> Any:
-    return function(*arguments, last)
 
 
 def parsed(argv: list[str] | None) -> argparse.Namespace:
@@ -245,9 +242,7 @@ def main(argv: list[str] | None = None) -> None:
     ]
     kernels = {} if arguments.dry_run else compile_all(jobs, arguments.workers)
     record: Record = {
-        **environment(
-            " ".join(["python benchmarks/backward_launches.py", *(argv or sys.argv[1:])])
-        ),
+        **environment(command_of("benchmarks/backward_launches.py", argv)),
         "is_dry": arguments.dry_run,
         "fields": ["us", *Candidate._fields],
         "kernels": [[*job[:2], job[2], found] for job, found in kernels.items()],

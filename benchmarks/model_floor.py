@@ -34,14 +34,10 @@ def without_norms(model: torch.nn.Module) -> torch.nn.Module:
     for path in norms:
         bare.set_submodule(path, Nothing())
     for module in bare.modules():
-        forward = type(module).forward
-        if ROTATES in getattr(forward, "__globals__", {}) and ROTATES in _names(forward):
+        forward: Any = type(module).forward
+        if isinstance(forward, types.FunctionType) and ROTATES in forward.__code__.co_names:
             module.forward = types.MethodType(_unturned(forward), module)  # type: ignore[assignment]
     return bare
-
-
-def _names(function: Any) -> tuple[str, ...]:
-    return getattr(function, "__code__", None).co_names if hasattr(function, "__code__") else ()
 
 
 def _unturned(forward: Any) -> Any:

@@ -36,8 +36,6 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
         "speedup_wall": _mean(timed, "wall_ms"),
         "worst": worst and [worst["model"], worst["cell"], ratio(worst, "gpu_ms")],
         "slower": [f"{row['model']} {row['cell']}" for row in timed if _is_slower(row)],
-        "norm_speedup": _mean(timed, "norm_us"),
-        "norm_speedup_qk_norm": _mean(_with_qk_norm(timed), "norm_us"),
         "compiled_speedup": _mean(timed, "compiled_us"),
         "cost_ratio": _cost_ratio(timed),
         "compile_time_ratio": _inverse(_mean(timed, "compile_s")),

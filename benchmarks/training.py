@@ -24,7 +24,6 @@ import json
 import logging
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,7 +42,7 @@ from torch.autograd import DeviceType
 
 import normfuse
 from normfuse.capturing import fresh
-from normfuse.cli.bench.record import environment
+from normfuse.cli.bench.record import command_of, environment
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3 4b": (
@@ -290,7 +289,11 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.deterministic:
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # a test's affair, and slow
-    record: Row = {**environment(command(argv)), "device": arguments.device, "cells": []}
+    record: Row = {
+        **environment(command_of("benchmarks/training.py", argv)),
+        "device": arguments.device,
+        "cells": [],
+    }
     cells = list(product(arguments.models, arguments.shapes))
     warm_up(arguments.device)
     began, longest = time.monotonic(), 0.0
@@ -306,15 +309,6 @@ def main(argv: list[str] | None = None) -> None:
             torch.cuda.empty_cache()
     save(record, arguments.out)
     show(record)
-
-
-def command(argv: list[str] | None) -> str:
-    """As it was typed, but for the directory of the record, which is nobody's business."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    for index, word in enumerate(words[:-1]):
-        if word == "--out":
-            words[index + 1] = Path(words[index + 1]).name
-    return " ".join(["python benchmarks/training.py", *words])
 
 
 def save(record: Row, out: Path | None) -> None:

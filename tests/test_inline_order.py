@@ -14,6 +14,8 @@ from normfuse.passes.recognise import is_op
 
 # Norms alone, with sums and scales, and with the heads' RoPE: `olmo2` has whole projections before
 # its RoPE. Heads that are normalised before they are transposed, as in Qwen 3, are so afterwards.
+pytest.importorskip("transformers", reason="has the architectures")
+
 MODELS = ("llama", "phi3", "gpt_oss", "granite", "gemma", "gemma2", "gemma3_text", "glm4", "olmo2")
 
 
@@ -57,3 +59,19 @@ def test_the_plain_forms_stand_where_the_model_had_them(name):
     assert any(is_op(node) for node in ops.nodes), "there is something to be inline"
     for number, (one, other) in enumerate(zip_longest(steps(inline), steps(plain))):
         assert one == other, f"node {number}"
+
+
+def test_an_order_that_the_user_gave_the_nodes_stays():
+    model, config = tiny_models.build("gemma3_text", torch.bfloat16)
+    inputs = tiny_models.example_inputs(model, config)
+    orders = []
+
+    def note(graph):
+        orders.append([node.name for node in graph.nodes])
+
+    options = patches(None, {"normfuse.lowering": "inline", "post_grad_custom_post_pass": note})
+    final = [node.name for node in final_graph(model, inputs, options).nodes]
+
+    (before,) = orders
+    kept = [name for name in before if name in set(final)]
+    assert [name for name in final if name in set(kept)] == kept

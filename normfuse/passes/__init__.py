@@ -11,7 +11,7 @@ from torch.fx import Graph
 from normfuse import tuning
 from normfuse.passes import inductor
 from normfuse.passes.foresight import recognise_what_may_win
-from normfuse.passes.lower import IN_INFERENCE, Lower
+from normfuse.passes.lower import IN_ORDER, Lower
 from normfuse.passes.recognise import Recognise, is_op
 from normfuse.passes.recorder import Recorder
 from normfuse.settings import Settings
@@ -28,9 +28,10 @@ def pipeline(
         recorder: gets what was done to each site.
     """
     settings = settings.under(options)
+    is_alone = not inductor.has_pass("post_grad_custom_post_pass", options)
     passes = (
         ("pre_grad_custom_pass", _BeforeAutograd(settings, recorder)),
-        ("joint_custom_pre_pass", _AfterAutograd(settings, recorder)),
+        ("joint_custom_pre_pass", _AfterAutograd(settings, recorder, is_alone)),
         ("post_grad_custom_post_pass", _LowerAll(Lower(settings, recorder), recorder)),
     )
     measured = settings.lowering == "auto" and settings.tune != "off"
@@ -88,10 +89,18 @@ class _BeforeAutograd:
 
 @dataclass(frozen=True)
 class _AfterAutograd:
-    """Recognise again on ATen, for inference: in-place spellings are functional by now."""
+    """Recognise again on ATen, for inference: in-place spellings are functional by now.
+
+    Attributes:
+        settings: our options.
+        recorder: gets what was done to each site.
+        is_alone: no pass of the user's runs before the last of ours, so that the order of the nodes
+            is still Inductor's.
+    """
 
     settings: Settings
     recorder: Recorder | None
+    is_alone: bool
 
     def __call__(self, graph: Graph) -> None:
         if inductor.is_training(graph):
@@ -103,8 +112,8 @@ class _AfterAutograd:
             recognise_what_may_win(graph, "val", self.settings)
         else:
             Recognise("val", self.settings, self.recorder)(graph)
-        for node in filter(is_op, graph.nodes):
-            node.meta[IN_INFERENCE] = True
+        for node in filter(is_op, graph.nodes if self.is_alone else ()):
+            node.meta[IN_ORDER] = True
         inductor.keep_artifact("recognised_after_autograd", graph)
 
 

@@ -99,13 +99,22 @@ if _InferenceAware is not None:
 
 def chained(hook: str, ours: Hook, options: dict[str, Any]) -> CustomGraphPass:
     """Our pass behind those that the user has put in the same hook, by options or configuration."""
-    theirs = options.get(hook, getattr(inductor_config, hook))
+    theirs = _theirs(hook, options)
     if theirs is None:
         return ours
     passes = (*(theirs if isinstance(theirs, (list, tuple)) else (theirs,)), ours)
     if _InferenceAware is not None and any(isinstance(one, _InferenceAware) for one in passes):
         return InferenceAwareChain(passes)
     return Chain(passes)
+
+
+def has_pass(hook: str, options: dict[str, Any]) -> bool:
+    """Whether the user has a pass in a hook, by options or configuration."""
+    return _theirs(hook, options) is not None
+
+
+def _theirs(hook: str, options: dict[str, Any]) -> Any:
+    return options.get(hook, getattr(inductor_config, hook))
 
 
 def mode_options(mode: str | None) -> dict[str, Any]:

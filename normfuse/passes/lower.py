@@ -23,10 +23,10 @@ from normfuse.settings import Settings
 
 log = logging.getLogger("normfuse")
 
-# In the meta data of ops in graphs for inference, where Inductor has put the nodes in order. An op
-# of several norms waited for the last of its operands; its plain form need not, and Inductor fuses
-# by the order of the nodes.
-IN_INFERENCE = "normfuse_in_inference"
+# In the meta data of ops in graphs whose nodes Inductor has put in order, and nobody after it: those
+# for inference. An op of several norms waited for the last of its operands; its plain form need
+# not, and Inductor fuses by the order of the nodes.
+IN_ORDER = "normfuse_in_order"
 
 KERNEL_DEVICES = ("cuda",)  # ROCm calls itself that, too
 
@@ -54,7 +54,7 @@ class Lower:
         counts: dict[str, int] = {}
         # Every choice sees the neighbours of its site as they are before anything is spliced in.
         chosen = [(node, *self.form_of(node)) for node in graph.nodes if is_op(node)]
-        is_in_order = any(IN_INFERENCE in node.meta for node, *_ in chosen)
+        is_in_order = any(IN_ORDER in node.meta for node, *_ in chosen)
         for node, lowering, reason in chosen:
             counts[lowering] = counts.get(lowering, 0) + 1
             if self.recorder is not None:

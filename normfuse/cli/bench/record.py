@@ -6,6 +6,8 @@ import hashlib
 import json
 import platform
 import subprocess
+import sys
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,6 +36,11 @@ def environment(command: str) -> Record:
         "git": _git_describe(),
         "sources": _digest(),
     }
+
+
+def command_of(script: str, argv: Sequence[str] | None) -> str:
+    """What repeats a run of a script; None are the arguments of this process."""
+    return " ".join(["python", script, *(sys.argv[1:] if argv is None else argv)])
 
 
 def without_directories(command: str) -> str:

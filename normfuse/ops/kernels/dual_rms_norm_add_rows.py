@@ -1,4 +1,4 @@
-"""The rows of `dual_rms_norm_add`: what a program does with those that it has taken."""
+"""The kernel of `dual_rms_norm_add`: what a program does with its rows."""
 
 import triton
 import triton.language as tl

@@ -63,8 +63,8 @@ if TYPE_CHECKING:
     from normfuse.ops.rounding import RoundingPlan
 
 
-# Tiles of a row that the loop loads: x, gate, gradient, weight, and a part of one that is staged
-# twice. No row takes more shared memory (tests/kernels/test_cross_compile_gated_backward.py).
+# How many tiles of a row are in shared memory for each row on its way: of x, gate, gradient and
+# weight, 4.7 as Triton compiles it (tests/kernels/test_cross_compile_gated_backward.py).
 OPERANDS = 5
 
 

@@ -57,8 +57,8 @@ if TYPE_CHECKING:
     from normfuse.ops.rounding import RoundingPlan
 
 
-# Tiles of a row that the loop loads: x, gradient, scale and weight, two of them for both of their
-# uses. No row takes more shared memory (tests/kernels/test_cross_compile_gated_backward.py).
+# How many tiles of a row are in shared memory for each row on its way: of x, gradient, scale and
+# weight, 5.5 as Triton compiles it (tests/kernels/test_cross_compile_gated_backward.py).
 OPERANDS = 6
 
 
