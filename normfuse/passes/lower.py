@@ -23,8 +23,8 @@ from normfuse.settings import Settings
 
 log = logging.getLogger("normfuse")
 
-# In the meta data of ops in graphs whose nodes Inductor has put in order, and nobody after it: those
-# for inference. An op of several norms waited for the last of its operands; its plain form need
+# In the meta data of ops in graphs for inference, whose nodes Inductor has put in order and nobody
+# after it. An op of several norms waited for the last of its operands; its plain form need
 # not, and Inductor fuses by the order of the nodes.
 IN_ORDER = "normfuse_in_order"
 
