@@ -32,7 +32,7 @@ READS = ("held", "ahead held", "ahead held streamed")
 class Candidate(NamedTuple):
     """The fields of `tile.Launch`, one way to read instead of two.
 
-    Of q and k, `block` is the elements of a program's tile, and only `num_warps` counts besides.
+    Of q and k, `rows` is the tiles that a program takes, `block` the elements of a tile.
     """
 
     rows: int
@@ -86,7 +86,7 @@ WEAK = (
     ("rms_norm", 8192, "bf16", (64, 4096, 16384)),
     *((op, 769, "bf16", (32, 4096)) for op in ("rms_norm", "add_rms_norm", SANDWICH)),
 )
-WEAK_HEADS = (((32, 8), 128), ((16, 8), 256), ((8, 4), 256))
+WEAK_HEADS = (((32, 8), 128), ((32, 16), 128), ((16, 8), 256), ((8, 4), 256), ((8, 4), 512))
 
 
 def weak(ops: list[str], widths: list[int] | None) -> Plan:
@@ -95,15 +95,21 @@ def weak(ops: list[str], widths: list[int] | None) -> Plan:
     for op, width, dtype, some_rows in WEAK:
         tried = list(dict.fromkeys(_unusual(op, width, dtype)))
         plan += [(Cell(op, rows, width, dtype=dtype), tried) for rows in some_rows]
-    for (heads, width), rows in product(WEAK_HEADS, (64, 4096)):
-        sizes = product((512, 1024, 2048, 4096), (2, 4, 8))
-        tiles = [Candidate(0, size, warps, "") for size, warps in sizes if size >= 128 * warps]
-        plan.append((Cell("qk_rms_norm_rope", rows, width, heads), tiles))
+    for (heads, width), rows in product(WEAK_HEADS, (1, 64, 512, 4096, 16384)):
+        plan.append((Cell("qk_rms_norm_rope", rows, width, heads), list(_heads(width))))
     return [
         (cell, tried)
         for cell, tried in plan
         if cell.op in ops and cell.width in (widths or [cell.width])
     ]
+
+
+def _heads(width: int) -> Iterator[Candidate]:
+    """8 to 32 elements of a tile for each lane, and 64 of all tiles of a program at most."""
+    for groups, block, warps in product((1, 2, 4), (512, 1024, 2048), (1, 2, 4)):
+        share = block // (32 * warps)
+        if block >= width and share >= 8 and share * groups <= 64:
+            yield Candidate(groups, block, warps, "")
 
 
 def _unusual(op: str, width: int, dtype: str) -> Iterator[Candidate]:

@@ -79,7 +79,7 @@ def launched(
     form = kernel_form(what.op, what.used, wrap or eager)
     choice: Any = None
     if candidate is not None and what.cell.op in QK:
-        tile = HeadsLaunch(candidate.block, candidate.num_warps)
+        tile = HeadsLaunch(candidate.block, candidate.num_warps, candidate.rows, programs=0)
         choice = mock.patch.object(HeadsLaunch, "for_slots", return_value=tile)
     elif candidate is not None:
         launch = Launch(*candidate, candidate.reads)
@@ -124,7 +124,7 @@ def compile_all(
     """What became of every launch of the plan that could be compiled in so many seconds."""
     first: dict[Any, Job] = {}
     for cell, tried in plan:
-        plain = [_plain(cell, one) for one in tried if cell.op not in QK]
+        plain = [_plain(cell, one) for one in tried]
         kernels = [None, *tried, *plain, *(["inductor"] if with_inductor else [])]
         for one in kernels:
             first.setdefault(_kernel(cell, one), (cell, one))
@@ -152,6 +152,8 @@ def _kernel(cell: Cell, candidate: Candidate | str | None) -> Any:
 
 def _plain(cell: Cell, candidate: Candidate) -> Candidate:
     """The launch that sums in the same order and is simplest: held, or read again."""
+    if cell.op in QK:
+        return candidate._replace(rows=1)
     return candidate._replace(reads="" if cell.width > 32768 else "held")
 
 
@@ -208,12 +210,12 @@ class Trial:
     def checked(self, one: Candidate) -> Record:
         """Whether it is right, and has the bits of rows that are read in the simplest way."""
         results = self.call(one)(*self.sets[0])
-        record = {"is_right": accuracy(self.what, self.sets[0], results).is_as_close_as_eager}
-        if self.what.cell.op not in QK:
-            plain = self.call(_plain(self.what.cell, one))(*self.sets[0])
-            pairs = zip(results, plain, strict=True)
-            record["same_bits"] = all(torch.equal(left, right) for left, right in pairs)
-        return record
+        plain = self.call(_plain(self.what.cell, one))(*self.sets[0])
+        pairs = zip(results, plain, strict=True)
+        return {
+            "is_right": accuracy(self.what, self.sets[0], results).is_as_close_as_eager,
+            "same_bits": all(torch.equal(left, right) for left, right in pairs),
+        }
 
 
 def measured(

@@ -96,6 +96,24 @@ def test_errs_no_more_than_eager(tokens, width, dtype):
         float64.assert_as_close_as_eager(result, other, truth)
 
 
+@pytest.mark.parametrize("width", [64, 128, 256, 512])
+def test_a_tokens_bits_do_not_depend_on_how_many_there_are(width):
+    """Of many tokens, a program takes more heads of one at a time."""
+    xs = [heads(random, 4096, num, width, BF16) for num in (16, 8)]
+    tables = [random(1, 1, 4096, width, dtype=BF16) for _ in range(2)]
+    turns = [f"half {width} in=bf16 out=bf16"] * 2
+    norms = ([EPS] * 2, [1.0] * 2, [str(gemma(BF16))] * 2, turns)
+    weights = [random(width, dtype=BF16) for _ in xs]
+
+    def of_tokens(some):
+        cut = [x[:, :, some] for x in xs], weights, *(table[:, :, some] for table in tables)
+        return torch.ops.normfuse.qk_rms_norm_rope(*cut, *norms)[:2]
+
+    whole = of_tokens(slice(None))
+    for some in (slice(1), slice(700, 812), slice(4095, 4096)):
+        assert_same_bits(of_tokens(some), [result[:, :, some] for result in whole])
+
+
 @pytest.mark.parametrize("widths", [(4096, 1024), (769, 64), (20000, 64)])
 def test_whole_projections(widths):
     """The widest do not fit one launch, and go the way of the reference."""

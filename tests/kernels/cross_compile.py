@@ -149,12 +149,14 @@ def _record(
         KERNELS[stem].launch(x, x, weight, Scales(), *norm, **settings)
 
 
-def compile_heads(width: int, dtype: torch.dtype, layout: str, target: str) -> Any:
-    """What Triton makes of q, k and v heads of `width`; q and k turn."""
+def compile_heads(
+    width: int, dtype: torch.dtype, layout: str, target: str, tokens: int = 16
+) -> Any:
+    """What Triton makes of 16 q, k and v heads of `width`; q and k turn."""
     gpu, recorder = TARGETS[target], _Recorder()
-    heads = torch.empty(2, 16, 8, width, dtype=dtype, device="meta").transpose(1, 2)
+    heads = torch.empty(2, tokens, 16, width, dtype=dtype, device="meta").transpose(1, 2)
     weight = torch.empty(width, dtype=dtype, device="meta")
-    table = torch.empty(2, 1, 16, width, dtype=dtype, device="meta")
+    table = torch.empty(2, 1, tokens, width, dtype=dtype, device="meta")
     plans = [RoundingPlan.once(dtype, dtype)] * 2 + [RoundingPlan.once(dtype, None)]
     turns = [Rotation(layout, width, dtype, dtype)] * 2 + [None]
     norms = ([1e-6] * 3, [1.0] * 3, plans, turns)

@@ -1,6 +1,7 @@
 """The kernels, compiled for GPUs that are not here: no register is spilled, no sum contracted."""
 
 import re
+from itertools import product
 
 import pytest
 
@@ -34,9 +35,10 @@ def test_no_target_spills(stem, plan, target, tmp_path):
 )
 def test_heads_do_not_spill(layout, target, tmp_path):
     spilled = {}
-    for width in (128, 512):
-        compiled = cross_compile.compile_heads(width, BF16, layout, target)
-        spilled[width] = cross_compile.resources(compiled, tmp_path / "cubin")["spilled"]
+    for width, dtype, tokens in product((128, 256, 512), (BF16, F32), (16, 8192)):
+        compiled = cross_compile.compile_heads(width, dtype, layout, target, tokens)
+        found = cross_compile.resources(compiled, tmp_path / "cubin")
+        spilled[width, dtype, tokens] = found["spilled"]
 
     assert spilled == dict.fromkeys(spilled, 0)
 

@@ -207,3 +207,66 @@ def test_a_rows_bits_do_not_depend_on_the_others(launch):
     whole = normalised(q)
     for rows in (slice(0, 1), slice(3, 20), slice(30, 37)):
         assert torch.equal(normalised(q[rows]), whole[rows])
+
+
+def heads_launch(elements, groups, programs=0):
+    slots = pytest.importorskip("normfuse.ops.kernels.slots")
+    return slots.HeadsLaunch(elements, num_warps=1, groups=groups, programs=programs)
+
+
+@pytest.mark.parametrize("name", ROTATIONS)
+def test_how_many_tiles_a_program_takes_changes_no_bit(launch, name):
+    packed = random(2, 5, 14, 64, dtype=BF16)
+    xs = [packed[:, :, part].transpose(1, 2) for part in (slice(8), slice(8, 12), slice(12, 13))]
+    plans, weights = [str(gemma(BF16))] * 3, [random(64) for _ in xs]
+    turns = [rotation(name, BF16)] * 2 + ["none"]
+    arguments = (xs, weights, *tables(name, BF16), [EPS] * 3, [1.0] * 3, plans, turns)
+    one = run(launch, arguments, tile=heads_launch(128, 1))
+
+    for groups in (2, 4):
+        assert_same_bits(run(launch, arguments, tile=heads_launch(128, groups)), one)
+
+
+@pytest.mark.parametrize(
+    ("shape", "table", "programs", "groups"),
+    [
+        ((1, 4096, 32, 128), (1, 1, 4096, 128), 2048, 4),
+        ((1, 512, 32, 128), (1, 1, 512, 128), 2048, 2),  # 4 would leave 1024 programs
+        ((1, 64, 32, 128), (1, 1, 64, 128), 2048, 1),
+        ((1, 4096, 12, 128), (1, 1, 4096, 128), 0, 1),  # 12 heads are no multiple of 2 x 4
+        ((3, 4096, 8, 128), (1, 1, 4096, 128), 0, 2),
+        ((1, 4096, 8, 128), (1, 8, 4096, 128), 0, 1),  # angles for every head
+    ],
+)
+def test_several_tiles_stay_among_heads_that_turn_alike(shape, table, programs, groups):
+    slots = pytest.importorskip("normfuse.ops.kernels.slots")
+    x = torch.empty(shape, dtype=BF16, device="meta").transpose(1, 2)
+    angles = (torch.empty(table, dtype=BF16, device="meta"),) * 2
+    tile = heads_launch(512, 4, programs)
+    norm = (EPS, 0.0, llama(BF16))
+    slot = slots.Slot.of(
+        x, None, angles, norm, Rotation("half", 128, BF16, BF16), tile=tile, store_rstd=False
+    )
+
+    assert slot.constants["GROUPS"] == groups
+    assert slot.num_tiles * 4 * groups == x.numel() // 128
+
+
+def test_symbolic_rows_are_as_many_as_were_traced():
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+    rows = pytest.importorskip("normfuse.ops.kernels.rows")
+    tile = heads_launch(512, 4, programs=2048)
+    environment = ShapeEnv()
+
+    def traced(number):
+        source = ConstantSource(f"tokens_{number}")
+        symbol = environment.create_symbol(number, source, dynamic_dim=DimDynamic.DYNAMIC)
+        return environment.create_symintnode(symbol, hint=number, source=source)
+
+    heads = rows.Neighbours(32, 128, share_table=True)
+    assert tile.groups_of(4, traced(4096) * 32, heads) == 4
+    assert tile.groups_of(4, traced(64) * 32, heads) == 1
+    assert tile.groups_of(4, environment.create_unbacked_symint() * 32, heads) == 1
+    assert not environment.guards

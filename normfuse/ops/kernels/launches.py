@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 MANY_ROWS = 2048  # from here on the GPU has more rows than it holds at once
 
+MANY_PROGRAMS = 2048  # from here on the GPU has enough of those that take several tiles of heads
+
 # Rows that a program has in registers at once where it is not one: more threads share them.
 ROWS_HELD = {
     "rms_norms": 2,
@@ -139,10 +141,13 @@ LAUNCHES: dict[str, tuple[Entry, ...]] = {
 }
 # fmt: on
 
-# Heads that stand side by side, by the width of their tile: (elements, warps) of a program.
+# Heads that stand side by side, by the width of their tile: elements of a tile, warps of a program,
+# and tiles that it takes at most. Chosen in launches_heads_h200.json among 20 each, over 1 to 16384
+# tokens of models with such heads; in brackets what they gained there over the launches before, up
+# to 64 tokens and from 4096 on.
 HEADS = {
-    64: (1024, 4),  # not measured
-    128: (1024, 4),  # 32 + 8 heads: 88 % of the memory limit from 4096 tokens on
-    256: (2048, 4),  # 16 + 8 heads: 90 %
-    512: (1024, 2),  # 8 + 2 heads: 87 to 90 %
+    64: (512, 1, 4),  # not measured
+    128: (512, 1, 4),  # (1.06, 1.06)
+    256: (512, 2, 4),  # (1.16, 1.03)
+    512: (1024, 2, 4),  # (1.00, 1.01)
 }

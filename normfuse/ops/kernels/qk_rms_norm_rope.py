@@ -103,70 +103,120 @@ def _store_pairs(
 
 
 @triton.jit
+def _other_columns(DIM: tl.constexpr, START: tl.constexpr, OTHERS: tl.constexpr):
+    """The columns that do not turn, those before and those after, (1, OTHERS)."""
+    cols = tl.arange(0, OTHERS)[None, :]
+    if DIM > 0:
+        cols = tl.where(cols < START, cols, cols + DIM)
+    return cols
+
+
+@triton.jit
+def _load_row(
+    ptr, is_row,
+    N: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, START: tl.constexpr,
+    PAIRS: tl.constexpr, OTHERS: tl.constexpr, TURN: tl.constexpr,
+):  # fmt: skip
+    """A tuple: both columns of every pair that turns, then the others; empty without `ptr`."""
+    pieces = ()
+    if ptr is not None:
+        if DIM > 0:
+            a, b = _load_pairs(ptr + START, 1, is_row, ROWS, DIM, PAIRS, TURN)
+            pieces = (a, b)
+        if DIM < N:
+            cols = _other_columns(DIM, START, OTHERS)
+            pieces = pieces + (load_held(ptr + cols, is_row & (cols < N)),)
+    return pieces
+
+
+@triton.jit
+def _piece(pieces, index: tl.constexpr):
+    """One of a row's pieces; None if it has none."""
+    if len(pieces) > 0:
+        return pieces[index]
+
+
+@triton.jit
+def _load_angles(
+    ptr, stride, is_row,
+    ROWS: tl.constexpr, DIM: tl.constexpr, COLS: tl.constexpr, PAIRS: tl.constexpr,
+    TURN: tl.constexpr,
+):  # fmt: skip
+    """What a table holds for both columns of every pair; `ptr` is where each row's begins."""
+    if COLS == DIM:
+        a, b = _load_pairs(ptr, stride, is_row, ROWS, DIM, PAIRS, TURN)
+    else:
+        pair = tl.arange(0, PAIRS)[None, :]
+        a = load_held(ptr + pair * stride, is_row & (pair < DIM // 2))
+        b = a
+    return a, b
+
+
+@triton.jit
 def _rows(
     tile, x_ptr, weight_ptr, cos_ptr, sin_ptr, y_ptr, rstd_ptr,
     num_rows, size_middle, size_inner,
     stride_x_outer, stride_x_middle, stride_x_inner,
-    stride_table_outer, stride_table_middle, stride_table_inner, stride_table,
-    N: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, COLS: tl.constexpr,
+    stride_table_outer, stride_table_middle, stride_table_inner, stride_next, stride_table,
+    N: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
+    DIM: tl.constexpr, COLS: tl.constexpr,
     START: tl.constexpr, PAIRS: tl.constexpr, OTHERS: tl.constexpr, TURN: tl.constexpr,
     EPS: tl.constexpr, OFFSET: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of one tensor. DIM columns from START on turn; PAIRS and OTHERS are tile widths."""
-    row = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    """GROUPS times ROWS rows of one tensor. DIM columns from START on turn.
+
+    Where there are several groups, `stride_next` leads from any row to the next, and all turn by
+    the same angles. PAIRS and OTHERS are tile widths.
+    """
+    row = tile.to(tl.int64) * (ROWS * GROUPS) + tl.arange(0, ROWS)[:, None]
     is_row = row < num_rows
     outer = row // size_inner // size_middle
     middle = row // size_inner % size_middle
     inner = row % size_inner
     x_ptr += outer * stride_x_outer + middle * stride_x_middle + inner * stride_x_inner
     y_ptr += row * N
-    weight_ptr = row_of(weight_ptr, row, 0)
-    total = tl.zeros([ROWS, 1], tl.float64 if step(PLAN, "compute") == "f64" else tl.float32)
-    # What the last step needs is asked for before anyone waits for the statistic.
+    # What the last step needs is asked for before anyone waits for a statistic.
+    xs = ()
+    for group in tl.static_range(GROUPS):
+        rows_ptr = x_ptr + group * ROWS * stride_next
+        xs = xs + (_load_row(rows_ptr, is_row, N, ROWS, DIM, START, PAIRS, OTHERS, TURN),)
     if DIM > 0:
-        a, b = _load_pairs(x_ptr + START, 1, is_row, ROWS, DIM, PAIRS, TURN)
         table = outer * stride_table_outer + middle * stride_table_middle
         table += inner * stride_table_inner
-        if COLS == DIM:  # an angle for each column
-            cos_a, cos_b = _load_pairs(
-                cos_ptr + table, stride_table, is_row, ROWS, DIM, PAIRS, TURN
-            )
-            sin_a, sin_b = _load_pairs(
-                sin_ptr + table, stride_table, is_row, ROWS, DIM, PAIRS, TURN
-            )
-        else:
-            pair = tl.arange(0, PAIRS)[None, :]
-            turns = is_row & (pair < DIM // 2)
-            cos_a = load_held(cos_ptr + table + pair * stride_table, turns)
-            sin_a = load_held(sin_ptr + table + pair * stride_table, turns)
-            cos_b, sin_b = cos_a, sin_a
-        if weight_ptr is None:
-            weight_a = None
-            weight_b = None
-        else:
-            weight_a, weight_b = _load_pairs(weight_ptr + START, 1, is_row, ROWS, DIM, PAIRS, TURN)
-        total += tl.sum(squares(a, PLAN) + squares(b, PLAN), axis=1, keep_dims=True)
-    if DIM < N:
-        cols = tl.arange(0, OTHERS)[None, :]
+        cos_a, cos_b = _load_angles(
+            cos_ptr + table, stride_table, is_row, ROWS, DIM, COLS, PAIRS, TURN
+        )
+        sin_a, sin_b = _load_angles(
+            sin_ptr + table, stride_table, is_row, ROWS, DIM, COLS, PAIRS, TURN
+        )
+    weight_ptr = row_of(weight_ptr, row, 0)
+    weights = _load_row(weight_ptr, is_row, N, ROWS, DIM, START, PAIRS, OTHERS, TURN)
+    PASSED: tl.constexpr = 2 if DIM > 0 else 0  # which piece does not turn
+    for group in tl.static_range(GROUPS):
+        total = tl.zeros([ROWS, 1], tl.float64 if step(PLAN, "compute") == "f64" else tl.float32)
         if DIM > 0:
-            cols = tl.where(cols < START, cols, cols + DIM)
-        passes = is_row & (cols < N)
-        x = load_held(x_ptr + cols, passes)
-        weight = None
-        if weight_ptr is not None:
-            weight = load_held(weight_ptr + cols, passes)
-        total += tl.sum(squares(x, PLAN), axis=1, keep_dims=True)
-    root = root_of_total(total, None, N, EPS, PLAN)
-    if DIM > 0:
-        first = rounded(normalised(a, root, weight_a, OFFSET, PLAN, False), step(TURN, "in"))
-        second = rounded(normalised(b, root, weight_b, OFFSET, PLAN, False), step(TURN, "in"))
-        y_a = _turned(first, cos_a, second, sin_a, -1.0, TURN)
-        y_b = _turned(second, cos_b, first, sin_b, 1.0, TURN)
-        _store_pairs(y_ptr + START, y_a, y_b, is_row, ROWS, DIM, PAIRS, TURN)
-    if DIM < N:
-        y = normalised(x, root, weight, OFFSET, PLAN, False)
-        tl.store(y_ptr + cols, y, mask=passes)
-    store_inverse_root(rstd_ptr, root, row, num_rows, PLAN)
+            a, b = xs[group][0], xs[group][1]
+            total += tl.sum(squares(a, PLAN) + squares(b, PLAN), axis=1, keep_dims=True)
+        if DIM < N:
+            x = xs[group][PASSED]
+            total += tl.sum(squares(x, PLAN), axis=1, keep_dims=True)
+        root = root_of_total(total, None, N, EPS, PLAN)
+        rows_ptr = y_ptr + group * ROWS * N
+        if DIM > 0:
+            first = rounded(
+                normalised(a, root, _piece(weights, 0), OFFSET, PLAN, False), step(TURN, "in")
+            )
+            second = rounded(
+                normalised(b, root, _piece(weights, 1), OFFSET, PLAN, False), step(TURN, "in")
+            )
+            y_a = _turned(first, cos_a, second, sin_a, -1.0, TURN)
+            y_b = _turned(second, cos_b, first, sin_b, 1.0, TURN)
+            _store_pairs(rows_ptr + START, y_a, y_b, is_row, ROWS, DIM, PAIRS, TURN)
+        if DIM < N:
+            y = normalised(x, root, _piece(weights, PASSED), OFFSET, PLAN, False)
+            cols = _other_columns(DIM, START, OTHERS)
+            tl.store(rows_ptr + cols, y, mask=is_row & (cols < N))
+        store_inverse_root(rstd_ptr, root, row + group * ROWS, num_rows, PLAN)
 
 
 @triton.jit
@@ -174,35 +224,39 @@ def qk_rms_norm_rope_kernel(
     cos_ptr, sin_ptr, stride_table,
     x_1_ptr, weight_1_ptr, y_1_ptr, rstd_1_ptr, num_rows_1, size_middle_1, size_inner_1,
     stride_x_outer_1, stride_x_middle_1, stride_x_inner_1,
-    stride_table_outer_1, stride_table_middle_1, stride_table_inner_1,
+    stride_table_outer_1, stride_table_middle_1, stride_table_inner_1, stride_next_1,
     x_2_ptr, weight_2_ptr, y_2_ptr, rstd_2_ptr, num_rows_2, size_middle_2, size_inner_2,
     stride_x_outer_2, stride_x_middle_2, stride_x_inner_2,
-    stride_table_outer_2, stride_table_middle_2, stride_table_inner_2,
+    stride_table_outer_2, stride_table_middle_2, stride_table_inner_2, stride_next_2,
     x_3_ptr, weight_3_ptr, y_3_ptr, rstd_3_ptr, num_rows_3, size_middle_3, size_inner_3,
     stride_x_outer_3, stride_x_middle_3, stride_x_inner_3,
-    stride_table_outer_3, stride_table_middle_3, stride_table_inner_3,
+    stride_table_outer_3, stride_table_middle_3, stride_table_inner_3, stride_next_3,
     COLS: tl.constexpr,
-    N_1: tl.constexpr, ROWS_1: tl.constexpr, DIM_1: tl.constexpr, START_1: tl.constexpr,
+    N_1: tl.constexpr, ROWS_1: tl.constexpr, GROUPS_1: tl.constexpr,
+    DIM_1: tl.constexpr, START_1: tl.constexpr,
     PAIRS_1: tl.constexpr, OTHERS_1: tl.constexpr, TURN_1: tl.constexpr,
     EPS_1: tl.constexpr, OFFSET_1: tl.constexpr, PLAN_1: tl.constexpr,
-    N_2: tl.constexpr, ROWS_2: tl.constexpr, DIM_2: tl.constexpr, START_2: tl.constexpr,
+    N_2: tl.constexpr, ROWS_2: tl.constexpr, GROUPS_2: tl.constexpr,
+    DIM_2: tl.constexpr, START_2: tl.constexpr,
     PAIRS_2: tl.constexpr, OTHERS_2: tl.constexpr, TURN_2: tl.constexpr,
     EPS_2: tl.constexpr, OFFSET_2: tl.constexpr, PLAN_2: tl.constexpr,
-    N_3: tl.constexpr, ROWS_3: tl.constexpr, DIM_3: tl.constexpr, START_3: tl.constexpr,
+    N_3: tl.constexpr, ROWS_3: tl.constexpr, GROUPS_3: tl.constexpr,
+    DIM_3: tl.constexpr, START_3: tl.constexpr,
     PAIRS_3: tl.constexpr, OTHERS_3: tl.constexpr, TURN_3: tl.constexpr,
     EPS_3: tl.constexpr, OFFSET_3: tl.constexpr, PLAN_3: tl.constexpr,
 ):  # fmt: skip
     """The first programs take the rows of the first tensor, the next those of the second."""
     tile = tl.program_id(0)
-    end_1 = tl.cdiv(num_rows_1, ROWS_1)
-    end_2 = end_1 + tl.cdiv(num_rows_2, ROWS_2)
+    end_1 = tl.cdiv(num_rows_1, ROWS_1 * GROUPS_1)
+    end_2 = end_1 + tl.cdiv(num_rows_2, ROWS_2 * GROUPS_2)
     if tile < end_1:
         _rows(
             tile, x_1_ptr, weight_1_ptr, cos_ptr, sin_ptr, y_1_ptr, rstd_1_ptr,
             num_rows_1, size_middle_1, size_inner_1,
             stride_x_outer_1, stride_x_middle_1, stride_x_inner_1,
-            stride_table_outer_1, stride_table_middle_1, stride_table_inner_1, stride_table,
-            N_1, ROWS_1, DIM_1, COLS, START_1, PAIRS_1, OTHERS_1, TURN_1,
+            stride_table_outer_1, stride_table_middle_1, stride_table_inner_1,
+            stride_next_1, stride_table,
+            N_1, ROWS_1, GROUPS_1, DIM_1, COLS, START_1, PAIRS_1, OTHERS_1, TURN_1,
             EPS_1, OFFSET_1, PLAN_1,
         )  # fmt: skip
     if N_2 > 0:
@@ -211,8 +265,9 @@ def qk_rms_norm_rope_kernel(
                 tile - end_1, x_2_ptr, weight_2_ptr, cos_ptr, sin_ptr, y_2_ptr, rstd_2_ptr,
                 num_rows_2, size_middle_2, size_inner_2,
                 stride_x_outer_2, stride_x_middle_2, stride_x_inner_2,
-                stride_table_outer_2, stride_table_middle_2, stride_table_inner_2, stride_table,
-                N_2, ROWS_2, DIM_2, COLS, START_2, PAIRS_2, OTHERS_2, TURN_2,
+                stride_table_outer_2, stride_table_middle_2, stride_table_inner_2,
+                stride_next_2, stride_table,
+                N_2, ROWS_2, GROUPS_2, DIM_2, COLS, START_2, PAIRS_2, OTHERS_2, TURN_2,
                 EPS_2, OFFSET_2, PLAN_2,
             )  # fmt: skip
     if N_3 > 0:
@@ -221,8 +276,9 @@ def qk_rms_norm_rope_kernel(
                 tile - end_2, x_3_ptr, weight_3_ptr, cos_ptr, sin_ptr, y_3_ptr, rstd_3_ptr,
                 num_rows_3, size_middle_3, size_inner_3,
                 stride_x_outer_3, stride_x_middle_3, stride_x_inner_3,
-                stride_table_outer_3, stride_table_middle_3, stride_table_inner_3, stride_table,
-                N_3, ROWS_3, DIM_3, COLS, START_3, PAIRS_3, OTHERS_3, TURN_3,
+                stride_table_outer_3, stride_table_middle_3, stride_table_inner_3,
+                stride_next_3, stride_table,
+                N_3, ROWS_3, GROUPS_3, DIM_3, COLS, START_3, PAIRS_3, OTHERS_3, TURN_3,
                 EPS_3, OFFSET_3, PLAN_3,
             )  # fmt: skip
 
@@ -263,7 +319,7 @@ def launch(
     tables = None if cos is None or sin is None else equally_laid_out(cos, sin)
     tile = tile or HeadsLaunch.for_slots(xs, rotations, plans)
     slots = [
-        Slot.of(x, weight, tables, tuple(norm), rotation, elements=tile.elements, store_rstd=store)
+        Slot.of(x, weight, tables, tuple(norm), rotation, tile=tile, store_rstd=store)
         for x, weight, *norm, rotation, store in zip(
             xs, weights, eps, offsets, plans, rotations, stores[num:], strict=True
         )

@@ -33,6 +33,11 @@ def known(condition: Any) -> bool:
     return statically_known_true(condition)
 
 
+def hint(number: Any) -> int:
+    """The value that a symbolic number had when it was traced; 0 if it had none. Adds no guard."""
+    return (number.node.hint or 0) if isinstance(number, torch.SymInt) else number
+
+
 def num_rows(x: torch.Tensor) -> int:
     return math.prod(x.shape[:-1])
 
@@ -148,9 +153,17 @@ class SharedRowStrides(NamedTuple):
     table_inner: int
 
 
+class Neighbours(NamedTuple):
+    """Rows that lie `stride` apart, `size` at a time, and whether they share a row of the table."""
+
+    size: int
+    stride: int
+    share_table: bool
+
+
 def addressed_with(
     x: torch.Tensor, table: torch.Tensor | None, order: tuple[int, ...], result: torch.Tensor
-) -> tuple[torch.Tensor, SharedRowStrides]:
+) -> tuple[torch.Tensor, SharedRowStrides, Neighbours]:
     """`x` of at most 4 dimensions and where its rows begin, also in a table that broadcasts to it.
 
     x is copied, laid out as `result`, where its elements do not lie side by side.
@@ -166,9 +179,11 @@ def addressed_with(
         else:
             merged.append((size, stride, step))
     assert len(merged) <= 3, f"rows of {x.dim()} dimensions have no single stride"
+    size, stride, step = merged[-1] if merged else (1, 0, 0)
     pieces = [*merged, *[(1, 0, 0)] * 3][:3]
     sizes, strides, table_strides = zip(*pieces, strict=True)
-    return x, SharedRowStrides(*sizes[1:], *strides, *table_strides)
+    neighbours = Neighbours(size, stride, known(step == 0))
+    return x, SharedRowStrides(*sizes[1:], *strides, *table_strides), neighbours
 
 
 def _broadcast_strides(table: torch.Tensor, rank: int) -> list[Any]:

@@ -10,8 +10,16 @@ import torch
 import triton
 
 from normfuse.ops.kernels.constants import NAMES, norm_constants, target, text
-from normfuse.ops.kernels.launches import HEADS
-from normfuse.ops.kernels.rows import addressed_with, as_vector, num_rows, row_order
+from normfuse.ops.kernels.launches import HEADS, MANY_PROGRAMS
+from normfuse.ops.kernels.rows import (
+    Neighbours,
+    addressed_with,
+    as_vector,
+    hint,
+    known,
+    num_rows,
+    row_order,
+)
 from normfuse.ops.kernels.tile import MAX_THREADS, WARP_SIZE
 
 if TYPE_CHECKING:
@@ -52,10 +60,10 @@ class Slot:
         norm: tuple[float, float, RoundingPlan],
         rotation: Rotation | None,
         *,
-        elements: int,
+        tile: HeadsLaunch,
         store_rstd: bool,
     ) -> Slot:
-        """The slot of x (..., N); `norm` is (eps, offset, plan), `elements` the size of a tile."""
+        """The slot of x (..., N); `norm` is (eps, offset, plan)."""
         eps, offset, plan = norm
         is_contiguous = rotation is not None and rotation.is_contiguous
         layout = torch.contiguous_format if is_contiguous else torch.preserve_format
@@ -69,19 +77,22 @@ class Slot:
             order = row_order(rows)
             assert order is not None
         table = tables[0] if tables is not None and rotation is not None else None
-        x, strides = addressed_with(x, table, order, rows)
+        x, strides, neighbours = addressed_with(x, table, order, rows)
         widths = _widths(x.shape[-1], rotation)
-        num_rows_tile = max(1, elements // widths["tile"])
+        num_rows_tile = max(1, tile.elements // widths["tile"])
+        groups = tile.groups_of(num_rows_tile, num_rows(x), neighbours)
         turn = "" if rotation is None or table is None else _turn(rotation, table.dtype)
         constants = {
             "N": x.shape[-1],
             "ROWS": num_rows_tile,
+            "GROUPS": groups,
             **{name: width for name, width in widths.items() if name != "tile"},
             "TURN": turn,
             **norm_constants(plan, eps, offset),
         }
-        arguments = (x, as_vector(weight), rows, rstd, num_rows(x), *strides)
-        num_tiles = (num_rows(x) + num_rows_tile - 1) // num_rows_tile
+        arguments = (x, as_vector(weight), rows, rstd, num_rows(x), *strides, neighbours.stride)
+        num_rows_program = num_rows_tile * groups
+        num_tiles = (num_rows(x) + num_rows_program - 1) // num_rows_program
         return cls(y, rows, rstd, arguments, constants, num_tiles)
 
     def finished(self) -> torch.Tensor | None:
@@ -96,10 +107,11 @@ NO_SLOT = Slot(
     None,
     None,
     None,
-    (None,) * 4 + (0, 1, 1) + (0,) * 6,
+    (None,) * 4 + (0, 1, 1) + (0,) * 7,
     {
         "N": 0,
         "ROWS": 1,
+        "GROUPS": 1,
         "DIM": 0,
         "START": 0,
         "PAIRS": 1,
@@ -117,15 +129,20 @@ NO_SLOT = Slot(
 class HeadsLaunch:
     """How a program takes the rows of one of its tensors.
 
-    It depends on the widths and the types alone, as `tile.Launch` does.
+    The tile decides the order in which a row is summed. It depends on the widths and the types
+    alone, as `tile.Launch` does. How many tiles a program takes changes no bit.
 
     Attributes:
-        elements: of a program's tile: as many rows as make it up.
+        elements: of a tile: as many rows as make it up.
         num_warps: warps of a program.
+        groups: tiles that a program takes at most; they share what they read of the tables.
+        programs: how many there must be for a program to take more than one.
     """
 
     elements: int
     num_warps: int
+    groups: int = 1
+    programs: int = MANY_PROGRAMS
 
     @classmethod
     def for_slots(
@@ -139,11 +156,27 @@ class HeadsLaunch:
         width = max(_widths(x.shape[-1], rotation)["tile"] for x, rotation in pairs)
         is_double = any(plan.compute == torch.float64 for plan in plans)
         if not is_double and width in HEADS:
-            elements, warps = HEADS[width]
-            return cls(elements, max(1, warps * 32 // WARP_SIZE))
+            elements, warps, groups = HEADS[width]
+            return cls(elements, max(1, warps * 32 // WARP_SIZE), groups)
         elements = max(2048, width)
         threads = elements // (8 if is_double else 16)
         return cls(elements, min(MAX_THREADS, max(WARP_SIZE, threads)) // WARP_SIZE)
+
+    def groups_of(self, num_rows_tile: int, num_rows: Any, neighbours: Neighbours) -> int:
+        """How many tiles a program takes of `num_rows` rows, a power of two.
+
+        Several only where it stays among neighbours that turn by the same angles, and where there
+        are programs enough for the GPU; if `num_rows` is symbolic, it is as many as were traced.
+        """
+
+        def fits(groups: int) -> bool:
+            rows = num_rows_tile * groups
+            return known(neighbours.size % rows == 0) and hint(num_rows) >= self.programs * rows
+
+        groups = self.groups if neighbours.share_table else 1
+        while groups > 1 and not fits(groups):
+            groups //= 2
+        return groups
 
 
 def equally_laid_out(cos: torch.Tensor, sin: torch.Tensor) -> Tables:
