@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import re
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -18,7 +18,7 @@ from torch._inductor.utils import fresh_cache
 
 from normfuse.backend import patches
 from normfuse.capturing import fresh
-from normfuse.passes import inductor
+from normfuse.passes import accesses, inductor
 
 CELLS = {
     "prefill512": lambda model: prefill(model, 512),
@@ -107,7 +107,7 @@ def measure(
         model: in eval mode.
         make_inputs: makes its keyword arguments.
         plan: how to measure.
-        cold: compile each without any cache, and keep the seconds.
+        cold: compile each twice without any cache, and keep the seconds.
         reverse: compile the last contender first.
     """
     with torch.no_grad():
@@ -116,11 +116,20 @@ def measure(
             rewind = Rewind(inputs)
             eager = model(**inputs).logits.float()
             rewind()
-        runs, found = {}, {}
-        for name in list(plan.contenders)[:: -1 if reverse else 1]:
-            subject = without_norms(model) if name == WITHOUT else model
+        subjects = {
+            name: without_norms(model) if name == WITHOUT else model
+            for name in list(plan.contenders)[:: -1 if reverse else 1]
+        }
+        runs, found, first = {}, {}, {}
+        for name, subject in reversed(subjects.items()) if cold else ():
+            if name != WITHOUT:
+                run = Contender(name, subject, plan.turn, plan.options)
+                first[name] = _compile_seconds(run, inputs)
+                rewind()
+                forget()
+        for name, subject in subjects.items():
             runs[name] = Contender(name, subject, plan.turn, plan.options)
-            found[name] = _compiled(runs[name], inputs, rewind, cold)
+            found[name] = _compiled(runs[name], inputs, rewind, first.get(name))
         with plan.turn:
             _check(found, eager)
             good = {name: run for name, run in runs.items() if "failed" not in found[name]}
@@ -136,43 +145,46 @@ def forget() -> None:
     """Lets go of compiled code, recorded graphs and their memory."""
     torch._dynamo.reset()
     inductor.reset()
+    accesses._known.clear()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def _compiled(run: Contender, inputs: Any, rewind: Rewind, cold: bool) -> dict[str, Any]:
-    """Compiles, records and replays a contender; its result stays under "logits"."""
+def _compile_seconds(run: Contender, inputs: Any) -> float:
+    """How long the first call of a contender compiles, without any cache."""
+    with fresh_cache(), torch._inductor.config.patch(force_disable_caches=True):
+        start = time.perf_counter()
+        run(inputs)
+        return time.perf_counter() - start - run.running
+
+
+def _compiled(run: Contender, inputs: Any, rewind: Rewind, seconds: float | None) -> dict[str, Any]:
+    """Compiles, records and replays a contender; its result stays under "logits".
+
+    `seconds` it took to compile before, in another order; None where nobody asks how long it takes.
+    """
     skips = _cudagraph_skips()
     is_cuda = torch.cuda.is_available()
     if is_cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
+    found: dict[str, Any] = {}
     try:
-        with _cold() if cold else nullcontext():
-            start = time.perf_counter()
-            run(inputs)
-            seconds = time.perf_counter() - start - run.running
+        if seconds is not None:
+            found["compile_s"] = (seconds + _compile_seconds(run, inputs)) / 2
         with run.turn:
-            for _ in range(2):  # records, replays
+            for _ in range(3):  # compiles unless it is, records, replays
                 rewind()
                 logits = run(inputs)
             logits = logits.float().clone()  # the next replay writes there
             rewind()
     except Exception as error:  # whatever a compiler raises must not end the other cells
         return {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
-    found: dict[str, Any] = {"logits": logits, "cudagraph_skips": _cudagraph_skips() - skips}
-    if cold:
-        found["compile_s"] = seconds
+    found |= {"logits": logits, "cudagraph_skips": _cudagraph_skips() - skips}
     if is_cuda:
         found["peak_mb"] = (torch.cuda.max_memory_allocated() - before) / 1e6
     return found
-
-
-@contextmanager
-def _cold() -> Iterator[None]:
-    with fresh_cache(), torch._inductor.config.patch(force_disable_caches=True):
-        yield
 
 
 def _cudagraph_skips() -> int:

@@ -18,15 +18,15 @@ plain Inductor's allows is reported, not timed. Then, for each contender:
                  counts, too (in decoding, the copies of the cache), and what was fused without us
                  may be a kernel of its own with us: do not compare the two, compare `compiled_us`
     compile_s    of the first cell of a model: without caches, in one thread unless
-                 TORCHINDUCTOR_COMPILE_THREADS says otherwise, half of them plain first; tracing
-                 included, running and trying launches not
+                 TORCHINDUCTOR_COMPILE_THREADS says otherwise; the mean of two, in either order;
+                 tracing included, running and trying launches not
     cost_us      with `--without`: `compiled_us`, less that of plain Inductor for the same model
                  without norms and rotary embeddings (`model_floor.py`): what they cost
     peak_mb      memory beyond weights and inputs while it compiles, records and replays
 
 Each model has a process of its own, so that models compile at the same time; they take turns on the
-GPU. Compile times hold while there are as many cores as processes. What the time limit cuts off is
-listed; the first cell of every model comes first.
+GPU, or are dealt out to several. Compile times hold while there are as many cores as processes.
+What the time limit cuts off is listed; the first cell of every model comes first.
 """
 
 from __future__ import annotations
@@ -49,13 +49,14 @@ os.environ.setdefault("DISABLE_CUPTI_LAZY_REINIT", "1")
 os.environ.setdefault("TEARDOWN_CUPTI", "0")
 
 import torch
-from model_cells import CELLS, TINY_CELLS, WITHOUT, Plan, forget, measure
+from model_cells import CELLS, MODE, TINY_CELLS, WITHOUT, Plan, forget, measure
 from model_zoo import MODELS, build
 from models_summary import json_text, show, summary
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from normfuse.cli.bench.record import environment
+from normfuse.passes import inductor
 from normfuse.tuning.store import replace_file
 
 LAST_SECONDS = 5  # of the time limit, to write and to show
@@ -103,9 +104,7 @@ def rows_of(
     plan = Plan(names, arguments.rounds, options, turn)
     cells = TINY_CELLS if arguments.tiny else CELLS
     built: dict[str, Any] = {}
-    torch.compile(lambda x: x.sin().sum() + 1, options=options)(
-        torch.ones(8, device=arguments.device)  # imports are not what is measured
-    )
+    _prepare(arguments.device, options)
     for cell, model in product(arguments.cells, models):
         row: Row = {"model": model, "cell": cell, "layers": arguments.layers}
         cold = cell == arguments.cells[0] and not arguments.no_compile_times
@@ -118,6 +117,14 @@ def rows_of(
         except Exception as error:  # such as a lack of memory; the other cells go on
             yield {**row, "failed": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
         forget()
+
+
+def _prepare(device: str, options: dict[str, Any]) -> None:
+    """Imports and workspaces, which are not what is measured."""
+    mode = {**inductor.mode_options(MODE), **options} if device == "cuda" else options
+    product = torch.compile(lambda x: (x @ x).sin().sum() + 1, options=mode)
+    for _ in range(3):
+        product(torch.ones(64, 64, device=device, dtype=torch.bfloat16))
 
 
 def _work(models: list[str], arguments: argparse.Namespace, turn: Any, rows: Any) -> None:
@@ -139,14 +146,15 @@ def run(arguments: argparse.Namespace, keep: Callable[[Row], None]) -> None:
         return
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     context = multiprocessing.get_context("spawn")
-    turn, rows = context.RLock(), context.Queue()
-    groups = [arguments.models[index::jobs] for index in range(jobs)]
-    processes = [
-        context.Process(target=_work, args=(group, arguments, turn, rows), daemon=False)
-        for group in filter(None, groups)
-    ]
-    for process in processes:
-        process.start()
+    devices = torch.cuda.device_count() if arguments.device == "cuda" else 1
+    turns, rows = [context.RLock() for _ in range(devices)], context.Queue()
+    processes = []
+    for index in range(jobs):
+        if group := arguments.models[index::jobs]:
+            os.environ["CUDA_VISIBLE_DEVICES"] = str(index % devices)  # the process inherits it
+            work = (group, arguments, turns[index % devices], rows)
+            processes.append(context.Process(target=_work, args=work, daemon=False))
+            processes[-1].start()
     try:
         _collect(processes, rows, deadline, keep)
     finally:
@@ -183,6 +191,7 @@ def record_of(arguments: argparse.Namespace, rows: list[Row], command: str) -> d
         "measured": arguments.device == "cuda" and not arguments.tiny,
         "layers": arguments.layers,
         "rounds": arguments.rounds,
+        "gpus": max(1, torch.cuda.device_count()),
         "compile_threads": os.environ.get("TORCHINDUCTOR_COMPILE_THREADS", "default"),
         "notes": [
             f"{arguments.layers} layers, random weights, a vocabulary of 1024, bfloat16",

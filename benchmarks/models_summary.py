@@ -38,6 +38,8 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
         "slower": [f"{row['model']} {row['cell']}" for row in timed if _is_slower(row)],
         "compiled_speedup": _mean(timed, "compiled_us"),
         "cost_ratio": _cost_ratio(timed),
+        "speedup_if_norms_cost_nothing": _mean(timed, "gpu_ms", "without"),
+        "speedup_if_norms_cost_nothing_qk_norm": _mean(_with_qk_norm(timed), "gpu_ms", "without"),
         "compile_time_ratio": _inverse(_mean(timed, "compile_s")),
         "failed": [_failure(row) for row in rows if _failure(row)],
     }
@@ -52,8 +54,8 @@ def _is_slower(row: Row) -> bool:
     return (ratio(row, "gpu_ms") or 1) < 0.99
 
 
-def _mean(rows: Iterable[Row], field: str) -> float | None:
-    found = [value for row in rows if (value := ratio(row, field))]
+def _mean(rows: Iterable[Row], field: str, contender: str = "auto") -> float | None:
+    found = [value for row in rows if (value := ratio(row, field, contender))]
     return geometric_mean(found) if found else None
 
 

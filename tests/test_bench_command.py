@@ -95,6 +95,33 @@ class TestCommand:
         ]
         assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn.iterdir())
 
+    def test_two_shares_make_a_whole(self, dry, tmp_path, capsys):
+        _, whole, _ = dry("--quick", "--ops", "rms_norm")
+        parts = []
+        for share in ("1/2", "2/2"):
+            _, part, _ = dry("--quick", "--ops", "rms_norm", "--share", share)
+            parts.append(tmp_path / f"{share[0]}.json")
+            records.write(part, parts[-1])
+        out = tmp_path / "both.json"
+
+        assert main(["bench", "--show", *map(str, parts), "--out", str(out)]) == 0
+
+        both = records.read(out)
+        names = [{cell["name"] for cell in one["cells"]} for one in (whole, both)]
+        assert names[0] == names[1]
+        assert len(both["runs"]) == 2
+        assert both["is_complete"]
+        assert both["summary"] == summarise(both["cells"], both["ceiling_gb_s"])
+
+    def test_does_not_join_what_other_kernels_measured(self, dry, tmp_path, capsys):
+        _, first, _ = dry("--quick", "--ops", "l2_norm")
+        other = tmp_path / "other.json"
+        first["environment"]["sources"] = "0123456789abcdef"
+        records.write(first, other)
+
+        assert main(["bench", "--show", str(tmp_path / "record.json"), str(other)]) == 2
+        assert "--show must put together runs on the same GPU" in capsys.readouterr().err
+
     @pytest.mark.parametrize(
         ("arguments", "complaint"),
         [

@@ -38,6 +38,8 @@ examples:
   python -m normfuse bench --ops add_rms_norm qk_rms_norm_rope --out mine.json --plots plots
   python -m normfuse bench --time-limit 540 --out kernels.json    # the most informative cells first
   python -m normfuse bench --time-limit 540 --resume kernels.json --out kernels.json  # the others
+  python -m normfuse bench --share 2/2 --out b.json               # on a second GPU, beside 1/2
+  python -m normfuse bench --show a.json b.json --out kernels.json
 """
 
 
@@ -68,14 +70,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--cells", nargs="+", metavar="TEXT", help="only cells whose name contains one of these")
     resumed = "measure only the cells that this record of an earlier run lacks, and keep the others"
     add("--resume", type=Path, metavar="FILE", help=resumed)
+    share = "measure only every N-th cell, from the I-th on: for N GPUs of one kind side by side"
+    add("--share", type=_share, default=(1, 1), metavar="I/N", help=share)
     workers = "processes that compile beforehand (default: all cores but four; 0: none)"
     add("--workers", type=int, metavar="N", help=workers)
     cache = "keep compiled kernels there for the next run (default: a temporary directory)"
     add("--cache", type=Path, metavar="DIR", help=cache)
-    shown = "measure nothing: print, and with --plots draw, a record made before"
-    add("--show", type=Path, metavar="FILE", help=shown)
+    shown = (
+        "measure nothing: print, with --plots draw and with --out write, a record made before, or "
+        "what several make together"
+    )
+    add("--show", nargs="+", type=Path, metavar="FILE", help=shown)
     dry = "without a GPU: walk through everything at tiny sizes; the times are made up"
     add("--dry-run", action="store_true", help=dry)
+
+
+def _share(text: str) -> tuple[int, int]:
+    """(1, 2) of "1/2"."""
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
+        raise argparse.ArgumentTypeError(
+            f"a share must be I/N with 1 <= I <= N, got {text}: write 1/2 and 2/2 for two GPUs"
+        )
+    return int(index), int(count)
 
 
 @dataclass
@@ -154,6 +171,8 @@ def _chosen(args: argparse.Namespace) -> list[Cell]:
             f"--cells must match some cell, got {' '.join(args.cells)}: a name reads like "
             f"'{grid(args.ops)[0].name}'"
         )
+    index, count = args.share
+    cells = cells[index - 1 :: count]
     return [_shrunk(cell) for cell in cells] if args.dry_run else cells
 
 
@@ -224,10 +243,15 @@ def _check_continues(under_way: Run, present: Attendance) -> None:
         return
     now = {**under_way.record, "peers": {"versions": present.versions}}
     found = records.differences(under_way.earlier, now)
-    if found:
+    _refuse("--resume", found, "measure without --resume")
+
+
+def _refuse(option: str, differences: list[str], remedy: str) -> None:
+    """Records that differ in what they may not differ in do not go together."""
+    if differences:
         raise UsageError(
-            "--resume must continue a run on the same GPU, with the same versions and kernels, got "
-            f"another: {'; '.join(found)}. Measure without --resume"
+            f"{option} must put together runs on the same GPU, with the same versions and kernels, "
+            f"got others: {'; '.join(differences)}. Instead, {remedy}"
         )
 
 
@@ -322,11 +346,18 @@ def _close(under_way: Run) -> int:
 
 def _show(args: argparse.Namespace, console: Console) -> int:
     from normfuse.cli.bench import record as records
-    from normfuse.cli.bench import report
+    from normfuse.cli.bench import report, summary
 
-    if not args.show.is_file():
-        raise UsageError(f"--show must name a file, got {args.show}: pass what --out has written")
-    record = records.read(args.show)
+    for path in args.show:
+        if not path.is_file():
+            raise UsageError(f"--show must name a file, got {path}: pass what --out has written")
+    record, *others = (records.read(path) for path in args.show)
+    for other in others:
+        _refuse("--show", records.differences(record, other), "show them one by one")
+        record = records.joined(record, other)
+    record["summary"] = summary.summarise(record["cells"], record["ceiling_gb_s"])
+    if args.out:
+        records.write(record, args.out)
     report.show(record, console)
     _draw(record, args, console)
     return 0

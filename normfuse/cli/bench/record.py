@@ -88,6 +88,27 @@ def differences(old: Record, new: Record) -> list[str]:
     return [f"{name} was {one}, is {other}" for name, one, other in pairs if one != other]
 
 
+def joined(first: Record, second: Record) -> Record:
+    """The cells of two records between which there are no `differences`; those of `first` stay.
+
+    Shares are of the ceiling of `first`. The summary is left to the caller.
+    """
+    known = {cell["name"] for cell in first["cells"]}
+    start = len(first["runs"])
+    new = [cell for cell in second["cells"] if cell["name"] not in known]
+    cells = [*first["cells"], *({**cell, "run": start + cell["run"]} for cell in new)]
+    measured = {cell["name"] for cell in cells}
+    lacking = dict.fromkeys([*first["not_reached"], *second["not_reached"]])
+    return {
+        **first,
+        "runs": [*first["runs"], *second["runs"]],
+        "cells": cells,
+        "not_reached": [name for name in lacking if name not in measured],
+        "broken": {**first["broken"], **second["broken"]},
+        "is_complete": first["is_complete"] and second["is_complete"],
+    }
+
+
 def write(record: Record, path: Path) -> None:
     """Writes a record so that `read` gives it back."""
     path.parent.mkdir(parents=True, exist_ok=True)
