@@ -63,7 +63,7 @@ _RMS_NORM = (
     Entry(4097, 6144, 1, 2048, 8, _STREAMED, _AHEAD, (1.17, 1.09)),
     Entry(6145, 8192, 1, 8192, 16, _AHEAD, _AHEAD, None),
     Entry(8193, 16384, 1, 4096, 8, _STREAMED, _AHEAD, (1.51, 1.00)),
-    Entry(16385, 32768, 1, 8192, 32, _AHEAD, _HELD, None),
+    Entry(16385, 32768, 1, 8192, 32, _AHEAD, _HALF, None),
     Entry(32769, 65536, 1, 16384, 32, _HELD, _HELD, None),
 )
 LAUNCHES: dict[str, tuple[Entry, ...]] = {
@@ -93,7 +93,7 @@ LAUNCHES: dict[str, tuple[Entry, ...]] = {
         Entry(1025, 2048, 1, 2048, 8, _STREAMED, _AHEAD, (1.48, 1.60)),
         Entry(2049, 3072, 1, 1024, 4, _STREAMED, _AHEAD, (1.27, 1.22)),
         Entry(3073, 4096, 1, 4096, 8, _STREAMED, _HELD, (1.28, 1.08)),
-        Entry(4097, 6144, 1, 4096, 8, _STREAMED, _HELD, (1.19, 1.08)),
+        Entry(4097, 6144, 1, 8192, 8, _AHEAD, _BESIDE, None),
         Entry(6145, 8192, 1, 8192, 16, _STREAMED, _HELD, (1.24, 1.02)),
         Entry(8193, 16384, 1, 8192, 16, _STREAMED, _HELD, (1.72, 1.01)),
         Entry(16385, 32768, 1, 32768, 32, _HELD, _HELD, None),
