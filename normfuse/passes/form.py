@@ -68,11 +68,16 @@ class Form:
             copy.meta.update(place)
             copy.meta["val"] = memory.renewed(source.meta["val"])
             if isinstance(copy.target, torch._ops.HigherOrderOperator):
-                copy.meta["eager_input_vals"] = map_arg(
-                    (copy.args, copy.kwargs), lambda inner: inner.meta["val"]
-                )
+                note_operands(copy)
             copies[source] = copy
         return [None if result is None else copies[result] for result in self.results]
+
+
+def note_operands(launch: Node) -> None:
+    """Note the values of a launch's operands, as Inductor asks for them."""
+    launch.meta["eager_input_vals"] = map_arg(
+        (launch.args, launch.kwargs), lambda operand: operand.meta["val"]
+    )
 
 
 _PLACE = ("nn_module_stack", "stack_trace")

@@ -13,6 +13,7 @@ from typing import Any, cast, get_origin
 import torch
 import torch._inductor.config as inductor_config
 from torch._functorch._aot_autograd.functional_utils import from_fun, to_fun
+from torch._higher_order_ops import triton_kernel_wrap
 from torch._inductor import custom_graph_pass, list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -21,7 +22,7 @@ from torch._inductor.virtualized import V
 from torch._logging._internal import trace_structured
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
@@ -264,6 +265,15 @@ def put_in_order(graph: Graph) -> None:
     reorder = getattr(post_grad, "reorder_for_locality", None)
     if reorder is not None and inductor_config.reorder_for_locality:
         reorder(graph)
+
+
+def kernel_of(node: Node) -> str | None:
+    """The name of the Triton kernel that a node launches without mutation; None if it does not."""
+    if node.target is not triton_kernel_wrap.triton_kernel_wrapper_functional:
+        return None
+    number = cast(int, node.kwargs["kernel_idx"])
+    kernel: Any = triton_kernel_wrap.kernel_side_table.get_kernel(number)
+    return str(getattr(kernel, "fn", kernel).__name__)  # below the tuner that torch puts around it
 
 
 def calls_python() -> bool:

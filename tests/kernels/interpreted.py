@@ -28,14 +28,14 @@ def launch(stem: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> A
     return import_module(f"normfuse.ops.kernels.{stem}").launch(*arguments, **keywords)
 
 
-def kernel_form(name: str, arguments: tuple[Any, ...]) -> list[Any]:
+def kernel_form(name: str, arguments: tuple[Any, ...], wrap: Any = None) -> list[Any]:
     """Runs in the other process: all results of an op's Triton form."""
     from normfuse.ops import lowering
     from normfuse.ops.kernels.tile import eager
 
     op = getattr(torch.ops.normfuse, name).default
     used = (True,) * len(lowering.inline_form(op)(*arguments))
-    return list(lowering.kernel_form(op, used, eager)(*arguments))
+    return list(lowering.kernel_form(op, used, wrap or eager)(*arguments))
 
 
 def _prepare() -> None:

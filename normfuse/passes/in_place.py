@@ -1,0 +1,105 @@
+"""Gradients that take the place of those that they are made from, as Inductor's own do.
+
+A fused kernel of Inductor's writes over an operand that nobody reads afterwards. A launch of ours
+is opaque to it, so that a training step would hold one more activation at its first gradient, where
+it holds most. The launch is therefore given the dying gradient itself to write to. Inductor checks
+once more that nobody reads it afterwards, and would write to a copy.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch.fx import Graph, Node
+from torch.utils._pytree import tree_leaves
+
+from normfuse.passes import inductor
+from normfuse.passes.form import note_operands
+
+_GRADIENTS = ("grad_y_ptr", "grad_total_ptr")
+
+# What may be written over what: the kernels have read an element of the latter, and the sums that
+# depend on its row, before they write the former, and read it no more.
+PLACES: dict[str, dict[str, tuple[str, ...]]] = {
+    "rms_norm_backward_kernel": {"grad_x_ptr": _GRADIENTS, "grad_residual_ptr": _GRADIENTS},
+    "rms_norm_add_rms_norm_backward_kernel": {
+        "grad_x_ptr": _GRADIENTS,
+        "grad_residual_ptr": _GRADIENTS,
+    },
+    "dual_rms_norm_add_backward_kernel": {
+        "grad_x_1_ptr": _GRADIENTS,
+        "grad_x_2_ptr": _GRADIENTS,
+        "grad_residual_ptr": _GRADIENTS,
+    },
+    "rms_norms_backward_kernel": {"grad_x_ptr": tuple(f"grad_{i}_ptr" for i in (1, 2, 3, 4))},
+    "qk_rms_norm_rope_backward_kernel": {f"grad_x_{i}_ptr": (f"grad_{i}_ptr",) for i in (1, 2, 3)},
+}
+
+
+def write_over_gradients(graph: Graph) -> None:
+    """Give the launches in a graph the gradients that die there in the place of new memory."""
+    for node in list(graph.nodes):
+        kernel = inductor.kernel_of(node)
+        if kernel in PLACES:
+            _write_over(node, PLACES[kernel])
+
+
+def _write_over(launch: Node, places: dict[str, tuple[str, ...]]) -> None:
+    operands: dict[str, Any] = dict(cast(dict[str, Any], launch.kwargs["kwargs"]))
+    if operands.get("HELD") is False:
+        return  # rows that are read in chunks are read again after results are written
+    nodes = {name: value for name, value in operands.items() if isinstance(value, Node)}
+    spared: list[Node] = []
+    for result, gradients in places.items():
+        for gradient in gradients:
+            old, new = nodes.get(gradient), nodes.get(result)
+            if old and new and _is_alike(old, new) and _is_read_only_by(launch, old):
+                operands[result] = old
+                nodes = {name: node for name, node in nodes.items() if node is not old}
+                spared.append(new)
+                break
+    if spared:
+        launch.update_kwarg("kwargs", operands)
+        note_operands(launch)
+    for node in spared:
+        _erase(node)
+
+
+def _erase(node: Node) -> None:
+    """Erase new memory that nobody writes to any more, and what it is a view of."""
+    sources = node.all_input_nodes
+    if node.op == "call_function" and not node.users:
+        node.graph.erase_node(node)
+        for source in sources:
+            _erase(source)
+
+
+def _is_alike(old: Node, new: Node) -> bool:
+    """Whether a gradient fills its memory, as a new result would: in type, shape and strides."""
+
+    def layout(node: Node) -> tuple[Any, ...]:
+        value = node.meta["val"]
+        sizes = (value.shape, value.stride(), value.storage_offset())
+        # As text, which adds no guard where sizes are symbolic.
+        return value.dtype, str(sizes), str(value.untyped_storage().nbytes())
+
+    return layout(old) == layout(new)
+
+
+def _is_read_only_by(reader: Node, node: Node) -> bool:
+    """Whether the graph has made the memory of a node, and nothing but `reader` reads it."""
+    while node.op == "call_function" and set(node.users) == {reader}:
+        sources = [source for source in node.all_input_nodes if _share_memory(node, source)]
+        if not sources or inductor.kernel_of(sources[0]) is not None:
+            return True  # each result of a kernel has its own
+        reader, node = node, sources[0]
+    return False
+
+
+def _share_memory(node: Node, source: Node) -> bool:
+    storage = node.meta["val"].untyped_storage()._cdata
+    return any(
+        isinstance(value, torch.Tensor) and value.untyped_storage()._cdata == storage
+        for value in tree_leaves(source.meta.get("val"))
+    )

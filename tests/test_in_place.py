@@ -1,0 +1,155 @@
+"""Which gradients a compiled training step writes over others, before and after Inductor agrees."""
+
+import copy
+from itertools import product
+
+import pytest
+import torch
+from torch import nn
+from torch._inductor.compile_fx import _recursive_post_grad_passes, compile_fx
+from torch._inductor.virtualized import V
+
+from normfuse.backend import patches
+from normfuse.ops.add_rms_norm_backward import ADD_RMS_NORM_BACKWARD
+from normfuse.ops.rms_norm_backward import RMS_NORM_BACKWARD
+from normfuse.passes import inductor
+from tests.blocks import GemmaRMSNorm
+from tests.test_backward_lowering import BF16, add_norm_backward, launches
+from tests.test_lowering import LLAMA, lowered
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("kernels_on_cpu")
+SHAPES = [(64, 96)] * 3 + [(96,), (64, 1)]
+
+
+class Layer(nn.Module):
+    """A branch between two norms, as in Gemma 3."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.before, self.after = GemmaRMSNorm(width), GemmaRMSNorm(width)
+        self.linear = nn.Linear(width, width, bias=False)
+
+    def forward(self, x):
+        return x + self.after(self.linear(self.before(x)))
+
+
+def backward_graph(model, *inputs):
+    """The graph of the gradients as Inductor generates code for it; the graph before runs."""
+    graphs = []
+
+    def inner_compile(inner, values, **_):
+        runs = copy.deepcopy(inner)
+        mode = next(node.meta["val"].fake_mode for node in inner.graph.nodes)
+        with V.set_fake_mode(mode):
+            _recursive_post_grad_passes(inner, is_inference=False)
+        graphs.append(inner.graph)
+        return inductor._boxed(runs)
+
+    ours = {**patches(None, {"normfuse.lowering": "triton"}), "force_disable_caches": True}
+
+    def backend(graph_module, values):
+        return compile_fx(
+            graph_module, list(values), inner_compile=inner_compile, config_patches=ours
+        )
+
+    torch.compile(model, backend=backend)(*inputs).sum().backward()
+    return graphs[-1]
+
+
+RESULTS = ("grad_x_ptr", "grad_residual_ptr")
+GRADIENTS = ("grad_y_ptr", "grad_total_ptr")
+
+
+def written_over(launch):
+    """The results of a launch that are in the place of a gradient, and which."""
+    operands = launch.kwargs["kwargs"]
+    pairs = product(RESULTS, GRADIENTS)
+    return {result: grad for result, grad in pairs if operands.get(result, 0) is operands.get(grad)}
+
+
+def test_the_gradient_of_a_residual_stream_stays_in_one_place():
+    model = nn.Sequential(nn.Linear(96, 96), *(Layer(96) for _ in range(3)), GemmaRMSNorm(96))
+    model = nn.Sequential(*model, nn.Linear(96, 8)).bfloat16()
+
+    graph = backward_graph(model, torch.randn(64, 96).bfloat16())
+
+    rows = [node for node in launches(graph) if "x_ptr" in node.kwargs["kwargs"]]
+    assert len(rows) == 4
+    assert all("grad_x_ptr" in written_over(launch) for launch in rows)
+    stream = {node.kwargs["kwargs"].get("grad_residual_ptr") for node in rows} - {None}
+    assert len(stream) == 1
+    assert not graph.find_nodes(op="call_function", target=torch.ops.aten.clone.default)
+
+
+def places(function, *shapes):
+    """What the first launch of a lowered function writes over what."""
+    launch, *_ = launches(lowered(function, *shapes))
+    return written_over(launch)
+
+
+def made(grad):
+    return grad.relu()
+
+
+def test_a_gradient_that_dies_is_written_over():
+    found = places(lambda grad, *rest: add_norm_backward(made(grad), *rest), *SHAPES)
+
+    assert found == {"grad_x_ptr": "grad_y_ptr"}
+
+
+def test_also_through_a_view():
+    def backward(grad, *rest):
+        return add_norm_backward(made(grad).view(64, 96), *rest)
+
+    assert places(backward, (96, 64), *SHAPES[1:]) == {"grad_x_ptr": "grad_y_ptr"}
+
+
+def test_each_result_has_a_place_of_its_own():
+    def backward(grad, grad_total, *rest):
+        operands = (made(grad), made(grad_total), *rest, None, None, None, None)
+        return ADD_RMS_NORM_BACKWARD(*operands, 0.0, LLAMA, BF16, BF16, [True] * 3)
+
+    assert places(backward, *SHAPES) == {
+        "grad_x_ptr": "grad_y_ptr",
+        "grad_residual_ptr": "grad_total_ptr",
+    }
+
+
+def test_two_results_never_share_the_place_of_one_gradient():
+    def backward(grad, *rest):
+        operands = (made(grad),) * 2 + (*rest, None, None, None, None)
+        return ADD_RMS_NORM_BACKWARD(*operands, 0.0, LLAMA, BF16, BF16, [True] * 3)
+
+    assert len(set(places(backward, *SHAPES[1:]))) == 1
+
+
+@pytest.mark.parametrize(
+    "backward",
+    [
+        add_norm_backward,  # inputs
+        lambda grad, *rest: (value := made(grad), add_norm_backward(value, *rest)),
+        lambda grad, *rest: (
+            (value := made(grad)).view(96, 64).cos(),
+            add_norm_backward(value, *rest),
+        ),
+        lambda grad, *rest: add_norm_backward(made(grad).float(), *rest),
+        lambda grad, *rest: add_norm_backward(made(grad).chunk(2)[0], *rest),
+    ],
+    ids=["input", "result", "read as a view", "other type", "part"],
+)
+def test_a_gradient_that_does_not_fit_or_die_is_left(backward, request):
+    first = (128, 96) if request.node.callspec.id == "part" else (64, 96)
+
+    assert places(backward, first, *SHAPES[1:]) == {}
+
+
+def test_rows_that_are_read_again_keep_their_gradients():
+    def backward(grad, x, weight, rstd):
+        return RMS_NORM_BACKWARD(made(grad), x, weight, rstd, 1.0, LLAMA, [True, True])
+
+    width = 65536
+    launch, _ = launches(lowered(backward, (8, width), (8, width), (width,), (8, 1)))
+
+    assert launch.kwargs["kwargs"]["HELD"] is False
+    assert written_over(launch) == {}
