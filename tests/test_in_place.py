@@ -76,6 +76,7 @@ def test_the_gradient_of_a_residual_stream_stays_in_one_place():
 
     rows = [node for node in launches(graph) if "x_ptr" in node.kwargs["kwargs"]]
     assert len(rows) == 4
+    # Of the others, a sum of two products is the gradient, which is nowhere before it is read.
     assert all("grad_x_ptr" in written_over(launch) for launch in rows)
     stream = {node.kwargs["kwargs"].get("grad_residual_ptr") for node in rows} - {None}
     assert len(stream) == 1
@@ -89,7 +90,7 @@ def places(function, *shapes):
 
 
 def made(grad):
-    return grad.relu()
+    return grad @ grad.new_ones(grad.shape[1], grad.shape[1])
 
 
 def test_a_gradient_that_dies_is_written_over():
@@ -133,10 +134,11 @@ def test_two_results_never_share_the_place_of_one_gradient():
             (value := made(grad)).view(96, 64).cos(),
             add_norm_backward(value, *rest),
         ),
-        lambda grad, *rest: add_norm_backward(made(grad).float(), *rest),
+        lambda grad, *rest: add_norm_backward(made(grad.float()), *rest),
+        lambda grad, *rest: add_norm_backward(grad + 1, *rest),
         lambda grad, *rest: add_norm_backward(made(grad).chunk(2)[0], *rest),
     ],
-    ids=["input", "result", "read as a view", "other type", "part"],
+    ids=["input", "result", "read as a view", "other type", "pointwise", "part"],
 )
 def test_a_gradient_that_does_not_fit_or_die_is_left(backward, request):
     first = (128, 96) if request.node.callspec.id == "part" else (64, 96)

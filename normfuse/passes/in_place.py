@@ -8,6 +8,7 @@ once more that nobody reads it afterwards, and would write to a copy.
 
 from __future__ import annotations
 
+import operator
 from typing import Any, cast
 
 import torch
@@ -35,6 +36,9 @@ PLACES: dict[str, dict[str, tuple[str, ...]]] = {
     "rms_norms_backward_kernel": {"grad_x_ptr": tuple(f"grad_{i}_ptr" for i in (1, 2, 3, 4))},
     "qk_rms_norm_rope_backward_kernel": {f"grad_x_{i}_ptr": (f"grad_{i}_ptr",) for i in (1, 2, 3)},
 }
+
+aten = torch.ops.aten
+_PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
 
 
 def write_over_gradients(graph: Graph) -> None:
@@ -88,10 +92,16 @@ def _is_alike(old: Node, new: Node) -> bool:
 
 
 def _is_read_only_by(reader: Node, node: Node) -> bool:
-    """Whether the graph has made the memory of a node, and nothing but `reader` reads it."""
+    """Whether the graph has made the memory of a node, and nothing but `reader` reads it.
+
+    A pointwise result has none: Inductor would compute it once to be read, and once to be written
+    over.
+    """
     while node.op == "call_function" and set(node.users) == {reader}:
         sources = [source for source in node.all_input_nodes if _share_memory(node, source)]
-        if not sources or inductor.kernel_of(sources[0]) is not None:
+        if not sources:
+            return node.target in _PRODUCTS or node.target is operator.getitem
+        if inductor.kernel_of(sources[0]) is not None:
             return True  # each result of a kernel has its own
         reader, node = node, sources[0]
     return False
