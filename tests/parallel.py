@@ -20,6 +20,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from normfuse.backend import normfuse
 from normfuse.explain import explain_with
 from tests import float64
 from tests.blocks import GemmaRMSNorm, LlamaRMSNorm
@@ -163,7 +164,7 @@ def step(way: Way, lowering: str, device: str, dtype: torch.dtype, grad: bool) -
     SEEN.clear()
     ours, eager = (
         values(way, settings, device, dtype, grad)
-        for settings in ({"backend": "normfuse", "options": options}, None)
+        for settings in ({"backend": normfuse, "options": options}, None)
     )
     return Step(ours, eager, exact_values(way, device, dtype, grad), list(SEEN))
 
