@@ -116,6 +116,18 @@ class GemmaBlock(nn.Module):
         return residual + hidden_states
 
 
+class BranchBetweenNorms(nn.Module):
+    """A layer of Gemma 3, its attention or MLP being one product."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.before, self.after = GemmaRMSNorm(width), GemmaRMSNorm(width)
+        self.linear = nn.Linear(width, width, bias=False)
+
+    def forward(self, x):
+        return x + self.after(self.linear(self.before(x)))
+
+
 class Gemma4Block(nn.Module):
     """`Gemma4TextDecoderLayer`: the sum is scaled in place, then the next layer normalises it."""
 

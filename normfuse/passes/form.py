@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import Node
@@ -61,6 +61,10 @@ class Form:
         operands = operands_of(node)
         copies = dict(zip(self.inputs, operands, strict=True))
         memory = _Memory(self.inputs, operands)
+        for user in node.users:  # whose views are already there
+            result = self.results[cast(int, user.args[1])]
+            if result is not None:
+                memory.adopt(result.meta["val"], user.meta["val"])
         place = {key: node.meta[key] for key in _PLACE if key in node.meta}
         for source in self.body:
             with node.graph.inserting_before(node):
@@ -107,6 +111,11 @@ class _Memory:
             if isinstance(value, torch.Tensor):
                 key = placeholder.meta["val"].untyped_storage()._cdata
                 self._storages[key] = value.untyped_storage(), value.storage_offset()
+
+    def adopt(self, value: torch.Tensor, known: torch.Tensor) -> None:
+        """Let a value of the form have the storage of another, unless it is a view of an operand"""
+        key = value.untyped_storage()._cdata
+        self._storages.setdefault(key, (known.untyped_storage(), 0))
 
     def renewed(self, value: Any) -> Any:
         """A value of the form as this copy has it; numbers stay, as the sizes are the same."""

@@ -43,13 +43,14 @@ _PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm
 
 def write_over_gradients(graph: Graph) -> None:
     """Give the launches in a graph the gradients that die there in the place of new memory."""
-    for node in list(graph.nodes):
+    order = {node: number for number, node in enumerate(graph.nodes)}
+    for node in order:
         kernel = inductor.kernel_of(node)
         if kernel in PLACES:
-            _write_over(node, PLACES[kernel])
+            _write_over(node, PLACES[kernel], order)
 
 
-def _write_over(launch: Node, places: dict[str, tuple[str, ...]]) -> None:
+def _write_over(launch: Node, places: dict[str, tuple[str, ...]], order: dict[Node, int]) -> None:
     operands: dict[str, Any] = dict(cast(dict[str, Any], launch.kwargs["kwargs"]))
     if operands.get("HELD") is False:
         return  # rows that are read in chunks are read again after results are written
@@ -58,7 +59,7 @@ def _write_over(launch: Node, places: dict[str, tuple[str, ...]]) -> None:
     for result, gradients in places.items():
         for gradient in gradients:
             old, new = nodes.get(gradient), nodes.get(result)
-            if old and new and _is_alike(old, new) and _is_read_only_by(launch, old):
+            if old and new and _is_alike(old, new) and _is_last_reader(launch, old, order):
                 operands[result] = old
                 nodes = {name: node for name, node in nodes.items() if node is not old}
                 spared.append(new)
@@ -91,25 +92,50 @@ def _is_alike(old: Node, new: Node) -> bool:
     return layout(old) == layout(new)
 
 
-def _is_read_only_by(reader: Node, node: Node) -> bool:
-    """Whether the graph has made the memory of a node, and nothing but `reader` reads it.
+def _is_last_reader(launch: Node, node: Node, order: dict[Node, int]) -> bool:
+    """Whether the graph has made the memory of a node, and nothing reads it after `launch`.
 
-    A pointwise result has none: Inductor would compute it once to be read, and once to be written
-    over.
+    Those that read it before must be as opaque to Inductor as the launch: a pointwise reader would
+    be computed where its result is read. A pointwise result has no memory: Inductor would compute
+    it once to be read, and once to be written over.
     """
-    while node.op == "call_function" and set(node.users) == {reader}:
+    owner = _owner(node)
+    if owner is None:
+        return False
+    views = [owner]
+    for view in views:  # grows
+        for user in view.users:
+            if user is launch:
+                continue
+            if _share_memory(view, user):
+                views.append(user)
+            elif not (_is_opaque(user) and order[user] < order[launch]):
+                return False
+    return True
+
+
+def _owner(node: Node) -> Node | None:
+    """The node whose memory a node is a view of; None if Inductor makes no memory for it."""
+    while node.op == "call_function":
+        if node.target is operator.getitem:
+            op = node.all_input_nodes[0]
+            is_part = any(_share_memory(node, source) for source in op.all_input_nodes)
+            return None if is_part and inductor.kernel_of(op) is None else node
         sources = [source for source in node.all_input_nodes if _share_memory(node, source)]
         if not sources:
-            return node.target in _PRODUCTS or node.target is operator.getitem
-        if inductor.kernel_of(sources[0]) is not None:
-            return True  # each result of a kernel has its own
-        reader, node = node, sources[0]
-    return False
+            return node if node.target in _PRODUCTS else None
+        node = sources[0]
+    return None
 
 
-def _share_memory(node: Node, source: Node) -> bool:
-    storage = node.meta["val"].untyped_storage()._cdata
-    return any(
-        isinstance(value, torch.Tensor) and value.untyped_storage()._cdata == storage
-        for value in tree_leaves(source.meta.get("val"))
-    )
+def _is_opaque(node: Node) -> bool:
+    return node.target in _PRODUCTS or inductor.kernel_of(node) is not None
+
+
+def _share_memory(one: Node, other: Node) -> bool:
+    return not _storages(one).isdisjoint(_storages(other))
+
+
+def _storages(node: Node) -> set[int]:
+    values = tree_leaves(node.meta.get("val"))
+    return {v.untyped_storage()._cdata for v in values if isinstance(v, torch.Tensor)}

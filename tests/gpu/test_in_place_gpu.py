@@ -10,10 +10,10 @@ import normfuse
 from normfuse.ops import lowering
 from normfuse.passes import in_place
 from tests import op_arguments
+from tests.blocks import BranchBetweenNorms
 from tests.kernels.inputs import BF16, F32, assert_same_bits
 from tests.kernels.over_gradients import Over
 from tests.kernels.test_in_place import BACKWARDS
-from tests.test_in_place import Layer
 
 pytestmark = pytest.mark.gpu
 
@@ -38,7 +38,11 @@ def test_results_are_the_same_in_the_place_of_gradients(name, width, dtype, devi
 
 def test_a_training_step_has_the_same_bits_and_needs_less_memory(device, monkeypatch):
     torch.manual_seed(0)
-    layers = [nn.Linear(2560, 2560), *(Layer(2560) for _ in range(3)), nn.RMSNorm(2560)]
+    layers = [
+        nn.Linear(2560, 2560),
+        *(BranchBetweenNorms(2560) for _ in range(3)),
+        nn.RMSNorm(2560),
+    ]
     model = nn.Sequential(*layers, nn.Linear(2560, 512)).to(device, BF16)
     x = torch.randn(4096, 2560, device=device, dtype=BF16)
 
