@@ -146,20 +146,32 @@ def run(arguments: argparse.Namespace, keep: Callable[[Row], None]) -> None:
         return
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     context = multiprocessing.get_context("spawn")
-    devices = torch.cuda.device_count() if arguments.device == "cuda" else 1
-    turns, rows = [context.RLock() for _ in range(devices)], context.Queue()
-    processes = []
+    places, rows = [(device, context.RLock()) for device in _devices(arguments)], context.Queue()
+    processes, visible = [], os.environ.get("CUDA_VISIBLE_DEVICES")
     for index in range(jobs):
         if group := arguments.models[index::jobs]:
-            os.environ["CUDA_VISIBLE_DEVICES"] = str(index % devices)  # the process inherits it
-            work = (group, arguments, turns[index % devices], rows)
+            device, turn = places[index % len(places)]
+            os.environ["CUDA_VISIBLE_DEVICES"] = device  # the process inherits it
+            work = (group, arguments, turn, rows)
             processes.append(context.Process(target=_work, args=work, daemon=False))
             processes[-1].start()
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    if visible is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible
     try:
         _collect(processes, rows, deadline, keep)
     finally:
         for process in processes:
             process.terminate()
+
+
+def _devices(arguments: argparse.Namespace) -> list[str]:
+    """What CUDA_VISIBLE_DEVICES says for each GPU that this process sees, if it is to use any."""
+    if arguments.device != "cuda":
+        return [""]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    numbers = map(str, range(torch.cuda.device_count()))
+    return list(numbers) if visible is None else visible.split(",")
 
 
 def _collect(processes: list[Any], rows: Any, deadline: float, keep: Callable[[Row], None]) -> None:

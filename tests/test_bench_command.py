@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from normfuse.__main__ import main
+from normfuse.cli.bench import measuring
 from normfuse.cli.bench import record as records
 from normfuse.cli.bench.cells import grid
 from normfuse.cli.bench.summary import summarise
@@ -112,6 +113,31 @@ class TestCommand:
         assert len(both["runs"]) == 2
         assert both["is_complete"]
         assert both["summary"] == summarise(both["cells"], both["ceiling_gb_s"])
+
+    def test_goes_on_in_a_new_process_without_what_broke_the_context(self, dry, monkeypatch):
+        """A process whose context is lost measures nothing more, whatever it measures."""
+        measure, commands = measuring.measure_cell, []
+
+        def fragile(cell, peers, clock, left_out=()):
+            if "Inductor" in left_out:
+                return measure(cell, peers, clock, left_out)
+            entries = {name: {"failure": "lost"} for name in ("normfuse", "Inductor")}
+            record = {**measure(cell, peers, clock), "contenders": entries}
+            raise measuring.ContextLost(record, "Inductor")
+
+        def restart(python, command):
+            commands.append(command[3:])
+            main(command[3:])
+
+        monkeypatch.setattr(measuring, "measure_cell", fragile)
+        monkeypatch.setattr("os.execv", restart)
+        _, record, text = dry("--quick", "--ops", "rms_norm", "--time-limit", "600")
+
+        assert [command[-2:] for command in commands] == [["--without", "rms_norm: Inductor"]]
+        assert "going on without rms_norm: Inductor" in text
+        found = {cell["contenders"]["Inductor"]["failure"] for cell in record["cells"]}
+        assert found == {measuring.LEFT_OUT}
+        assert not record["not_reached"]
 
     def test_does_not_join_what_other_kernels_measured(self, dry, tmp_path, capsys):
         _, first, _ = dry("--quick", "--ops", "l2_norm")

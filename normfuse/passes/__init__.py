@@ -13,6 +13,7 @@ from normfuse.passes import inductor
 from normfuse.passes.foresight import recognise_what_may_win
 from normfuse.passes.lower import IN_ORDER, Lower
 from normfuse.passes.recognise import Recognise, is_op
+from normfuse.passes.recompute import recompute_tables
 from normfuse.passes.recorder import Recorder
 from normfuse.settings import Settings
 
@@ -20,7 +21,7 @@ from normfuse.settings import Settings
 def pipeline(
     settings: Settings, options: dict[str, Any], recorder: Recorder | None = None
 ) -> dict[str, Any]:
-    """Inductor options that hold our three passes, behind those of the user.
+    """Inductor options that hold our passes, behind those of the user.
 
     Args:
         settings: our options.
@@ -32,6 +33,7 @@ def pipeline(
     passes = (
         ("pre_grad_custom_pass", _BeforeAutograd(settings, recorder)),
         ("joint_custom_pre_pass", _AfterAutograd(settings, recorder, is_alone)),
+        ("joint_custom_post_pass", recompute_tables),
         ("post_grad_custom_post_pass", _LowerAll(Lower(settings, recorder), recorder)),
     )
     measured = settings.lowering == "auto" and settings.tune != "off"

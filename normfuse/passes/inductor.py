@@ -30,7 +30,12 @@ from normfuse.passes.accesses import remember_accesses
 
 remember_accesses()
 
-HOOKS = ("pre_grad_custom_pass", "joint_custom_pre_pass", "post_grad_custom_post_pass")
+HOOKS = (
+    "pre_grad_custom_pass",
+    "joint_custom_pre_pass",
+    "joint_custom_post_pass",
+    "post_grad_custom_post_pass",
+)
 
 # Absent in torch 2.11.
 _InferenceAware: Any = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", None)

@@ -17,7 +17,7 @@ from normfuse.passes import inductor
 from normfuse.passes.check import add_check
 from normfuse.passes.choice import choose
 from normfuse.passes.form import Form, operands_of
-from normfuse.passes.in_place import write_over_gradients
+from normfuse.passes.memory import share_operands, write_over_gradients
 from normfuse.passes.recognise import is_op
 from normfuse.passes.recorder import Place, Recorder
 from normfuse.settings import Settings
@@ -67,6 +67,7 @@ class Lower:
         if is_in_order and "inline" in counts:
             inductor.put_in_order(graph)
         if "triton" in counts:
+            share_operands(graph)
             write_over_gradients(graph)
         if counts:
             log.info("lowered %s", ", ".join(f"{n} as {name}" for name, n in counts.items()))

@@ -8,7 +8,7 @@ from torch import nn
 
 import normfuse
 from normfuse.ops import lowering
-from normfuse.passes import in_place
+from normfuse.passes import memory
 from tests import op_arguments
 from tests.blocks import BranchBetweenNorms
 from tests.kernels.inputs import BF16, F32, assert_same_bits
@@ -59,7 +59,7 @@ def test_a_training_step_has_the_same_bits_and_needs_less_memory(device, monkeyp
         return [parameter.grad for parameter in one.parameters()], torch.cuda.max_memory_allocated()
 
     gradients, peak = step()
-    monkeypatch.setattr(in_place, "PLACES", {})
+    monkeypatch.setattr(memory, "PLACES", {})
     others, other_peak = step()
 
     assert_same_bits(gradients, others)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from normfuse.passes.in_place import PLACES
+from normfuse.passes.memory import PLACES
 
 
 class Over:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 PRECOMPILE_SHARE = 0.4  # of the time limit, at most
 PRECOMPILE_SECONDS = 900.0  # without a limit
+RESTART_SECONDS = 30.0  # less is not worth a new process
 CLOSING_SECONDS = 8.0  # kept for the summary and the files
 
 EXAMPLES = """
@@ -72,6 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--resume", type=Path, metavar="FILE", help=resumed)
     share = "measure only every N-th cell, from the I-th on: for N GPUs of one kind side by side"
     add("--share", type=_share, default=(1, 1), metavar="I/N", help=share)
+    without = "leave out contenders that broke a process before, such as 'qk_rms_norm_rope: Liger'"
+    add("--without", nargs="+", default=[], metavar="'OP: NAME'", help=without)
     workers = "processes that compile beforehand (default: all cores but four; 0: none)"
     add("--workers", type=int, metavar="N", help=workers)
     cache = "keep compiled kernels there for the next run (default: a temporary directory)"
@@ -106,6 +109,7 @@ class Run:
         record: what is known so far.
         recent: seconds that the last few cells took.
         earlier: the record that this run continues.
+        culprit: what has broken the CUDA context, as `--without` takes it.
     """
 
     args: argparse.Namespace
@@ -114,6 +118,7 @@ class Run:
     earlier: dict[str, Any] | None = None
     record: dict[str, Any] = field(default_factory=dict)
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=8))
+    culprit: str | None = None
 
     def has_time(self) -> bool:
         """Whether one more cell like the slowest of the last few ends in time."""
@@ -140,9 +145,32 @@ def run(args: argparse.Namespace) -> int:
     place = tempfile.TemporaryDirectory(prefix="normfuse-bench-") if not args.cache else None
     with place or nullcontext(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the compilers: they would break the progress bar
-        _measure(under_way, cells, args.cache or Path(place.name))  # type: ignore[union-attr]
-    under_way.record["runs"][-1]["seconds"] = time.monotonic() - start
-    return _close(under_way)
+        cache = args.cache or Path(place.name)  # type: ignore[union-attr]
+        _measure(under_way, cells, cache)
+        under_way.record["runs"][-1]["seconds"] = time.monotonic() - start
+        status = _close(under_way)
+        is_new = under_way.culprit not in (None, *args.without)
+        if is_new and args.out and under_way.remaining() > RESTART_SECONDS:
+            _restart(under_way, cache)
+    return status
+
+
+def _restart(under_way: Run, cache: Path) -> None:
+    """Goes on in a new process, in this one's place, without what has broken this one."""
+    args = under_way.args
+    without = [*args.without, under_way.culprit]
+    under_way.console.print(f"the CUDA context was lost: going on without {without[-1]}")
+    command = ["bench", "--ops", *args.ops, "--share", "/".join(map(str, args.share))]
+    command += ["--quick"] if args.quick else []
+    command += ["--cells", *args.cells] if args.cells else []
+    command += ["--plots", str(args.plots)] if args.plots else []
+    command += ["--dry-run"] if args.dry_run else []
+    if under_way.deadline is not None:
+        command += ["--time-limit", f"{under_way.deadline - time.monotonic():.0f}"]
+    command += ["--out", str(args.out), "--resume", str(args.out)]
+    command += ["--cache", str(cache), "--workers", "0", "--without", *without]
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", "normfuse", *command])
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -298,11 +326,17 @@ def _measure_cells(under_way: Run, cells: list[Cell], present: Attendance, clock
             bar.update(task, what=cell.name)
             begin = time.monotonic()
             try:
-                measured = measure_cell(cell, present.present, clock)
+                start = f"{cell.op}: "
+                without = under_way.args.without
+                left_out = [one.removeprefix(start) for one in without if one.startswith(start)]
+                measured = measure_cell(cell, present.present, clock, left_out)
                 record["cells"].append({**measured, "run": run})
             except ContextLost as error:
-                record["cells"].append({**error.args[0], "run": run})
-                record["broken"][cell.name] = "the CUDA context was lost: nothing after it ran"
+                lost, name = error.args
+                record["cells"].append({**lost, "run": run})
+                failure = lost["contenders"][name]["failure"]
+                record["broken"][cell.name] = f"{name} broke the CUDA context: {failure}"
+                under_way.culprit = f"{cell.op}: {name}"
                 break
             except Exception as error:  # memory, say: the next cell is smaller
                 record["broken"][cell.name] = f"{type(error).__name__}: {error}"[:500]

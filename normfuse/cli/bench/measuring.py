@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,18 +18,29 @@ from normfuse.cli.bench.subjects import Subject, subject
 from normfuse.cli.bench.timing import Clock, Recording, Rotation, Sets, Timing, measure
 
 Record = dict[str, Any]
+LEFT_OUT = "left out: it has broken the CUDA context of a process before"
 
 
 class ContextLost(Exception):
-    """The device answers nothing any more; what is measured so far is all there is."""
+    """The device answers nothing any more; what is measured so far is all there is.
+
+    `args` are the record of the cell and the name of the contender.
+    """
 
 
-def measure_cell(cell: Cell, peers: Sequence[Peer], clock: Clock) -> Record:
+def measure_cell(
+    cell: Cell, peers: Sequence[Peer], clock: Clock, left_out: Collection[str] = ()
+) -> Record:
     """The record of one cell; a contender that fails is recorded with its exception.
 
+    Args:
+        cell: what is measured.
+        peers: that take part.
+        clock: of the device.
+        left_out: names of contenders that do not.
+
     Raises:
-        ContextLost: a contender has broken the CUDA context of this process. `args[0]` is the
-            record until then.
+        ContextLost: a contender has broken the CUDA context of this process.
     """
     torch.compiler.reset()
     what = subject(cell)
@@ -44,14 +55,23 @@ def measure_cell(cell: Cell, peers: Sequence[Peer], clock: Clock) -> Record:
         "contenders": {},
     }
     sets = [what.operands(clock.device) for _ in range(rotation.num_sets)]
-    with clock.session(), torch.no_grad():
-        stage = _Stage(what, sets, rotation, hot, clock, record["contenders"])
-        for contender in contenders(what, peers, on_gpu=clock.device.type == "cuda"):
-            stage.enter(contender)
-            _check_context(clock, contender.name, record)
-        stage.enter_copy()
-        _check_context(clock, COPY, record)
-        stage.run()
+    try:
+        with clock.session(), torch.no_grad():
+            stage = _Stage(what, sets, rotation, hot, clock, record["contenders"])
+            for contender in contenders(what, peers, on_gpu=clock.device.type == "cuda"):
+                if contender.name in left_out:
+                    record["contenders"][contender.name] = {"failure": LEFT_OUT}
+                    continue
+                stage.enter(contender)
+                _check_context(clock, contender.name, record)
+            stage.enter_copy()
+            _check_context(clock, COPY, record)
+            stage.run()
+    except ContextLost:
+        raise
+    except Exception:
+        _check_context(clock, next(reversed(record["contenders"]), COPY), record)
+        raise
     return record
 
 
@@ -60,7 +80,7 @@ def _check_context(clock: Clock, name: str, record: Record) -> None:
         clock.synchronize()
     except Exception as error:
         record["contenders"].setdefault(name, {})["failure"] = one_line(error)
-        raise ContextLost(record) from error
+        raise ContextLost(record, name) from error
 
 
 class _Stage:

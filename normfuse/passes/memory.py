@@ -1,9 +1,11 @@
-"""Gradients that take the place of those that they are made from, as Inductor's own do.
+"""The memory of what launches read and write: once for each operand, and none for some results.
 
-A fused kernel of Inductor's writes over an operand that nobody reads afterwards. A launch of ours
-is opaque to it, so that a training step would hold one more activation at its first gradient, where
-it holds most. The launch is therefore given the dying gradient itself to write to. Inductor checks
-once more that nobody reads it afterwards, and would write to a copy.
+To Inductor a launch is opaque. It makes memory for a pointwise operand of each launch anew, also
+where several read the same, such as tables of angles; they are given one that is in memory. And it
+knows of no operand that a result could be written over, as its own kernels do where nobody reads
+it afterwards, so that a training step would hold one more activation at its first gradient, where
+it holds most: a launch is given the dying gradient itself to write to. Inductor checks once more
+that nobody reads it afterwards, and would write to a copy.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from normfuse.passes import inductor
 from normfuse.passes.form import note_operands
+from normfuse.patterns.fakes import fake_like
 
 _GRADIENTS = ("grad_y_ptr", "grad_total_ptr")
 
@@ -41,6 +44,20 @@ aten = torch.ops.aten
 _PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
 
 
+def share_operands(graph: Graph) -> None:
+    """Give launches that read the same pointwise result the same memory of it."""
+    readers: dict[Node, list[Node]] = {}
+    for node in graph.nodes:
+        if inductor.kernel_of(node) is not None:
+            for operand in dict.fromkeys(_operands(node).values()):
+                readers.setdefault(operand, []).append(node)
+    for operand, launches in readers.items():
+        if len(launches) > 1 and operand.op == "call_function" and _owner(operand) is None:
+            memory = _in_memory(operand, launches[0])
+            for launch in launches:
+                _replace(launch, operand, memory or operand)
+
+
 def write_over_gradients(graph: Graph) -> None:
     """Give the launches in a graph the gradients that die there in the place of new memory."""
     order = {node: number for number, node in enumerate(graph.nodes)}
@@ -51,24 +68,70 @@ def write_over_gradients(graph: Graph) -> None:
 
 
 def _write_over(launch: Node, places: dict[str, tuple[str, ...]], order: dict[Node, int]) -> None:
-    operands: dict[str, Any] = dict(cast(dict[str, Any], launch.kwargs["kwargs"]))
+    operands = cast(dict[str, Any], launch.kwargs["kwargs"])
     if operands.get("HELD") is False:
         return  # rows that are read in chunks are read again after results are written
-    nodes = {name: value for name, value in operands.items() if isinstance(value, Node)}
-    spared: list[Node] = []
+    nodes = _operands(launch)
     for result, gradients in places.items():
         for gradient in gradients:
             old, new = nodes.get(gradient), nodes.get(result)
-            if old and new and _is_alike(old, new) and _is_last_reader(launch, old, order):
-                operands[result] = old
+            if old and new and _is_alike(old, new) and (place := _place(launch, old, order)):
                 nodes = {name: node for name, node in nodes.items() if node is not old}
-                spared.append(new)
+                _replace(launch, new, place)
+                _erase(new)
                 break
-    if spared:
-        launch.update_kwarg("kwargs", operands)
-        note_operands(launch)
-    for node in spared:
-        _erase(node)
+
+
+def _place(launch: Node, gradient: Node, order: dict[Node, int]) -> Node | None:
+    """The memory of a gradient that dies in a launch, which reads it there; None if it does not."""
+    if _owner(gradient) is None:
+        is_its_own = gradient.op == "call_function" and set(gradient.users) == {launch}
+        place = _in_memory(gradient, launch) if is_its_own and _is_new(gradient) else None
+        if place is not None:
+            _replace(launch, gradient, place)
+        return place
+    return gradient if _is_last_reader(launch, gradient, order) else None
+
+
+def _operands(launch: Node) -> dict[str, Node]:
+    operands = cast(dict[str, Any], launch.kwargs["kwargs"])
+    return {name: value for name, value in operands.items() if isinstance(value, Node)}
+
+
+def _replace(launch: Node, old: Node, new: Node) -> None:
+    launch.replace_input_with(old, new)
+    note_operands(launch)
+
+
+def _in_memory(operand: Node, launch: Node) -> Node | None:
+    """The same in memory that it fills, made before a launch; None if its strides say otherwise."""
+    value = operand.meta["val"]
+    strides = list(value.stride())
+    numbers = (*strides, *value.shape)
+    if not all(isinstance(number, int) for number in numbers) or not _is_dense(value):
+        return None
+    with launch.graph.inserting_before(launch):
+        memory = launch.graph.call_function(
+            torch.ops.prims.inductor_force_stride_order.default, (operand, strides)
+        )
+    memory.meta["val"] = fake_like(value)
+    return memory
+
+
+def _is_dense(value: torch.Tensor) -> bool:
+    """Whether the elements lie side by side, in any order of the axes."""
+    axes = sorted(axis for axis in zip(value.stride(), value.shape, strict=True) if axis[1] != 1)
+    expected = 1
+    for stride, size in axes:
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _is_new(node: Node) -> bool:
+    """Whether a node is no view of anything."""
+    return not any(_share_memory(node, source) for source in node.all_input_nodes)
 
 
 def _erase(node: Node) -> None:

@@ -1,4 +1,4 @@
-"""Which gradients a compiled training step writes over others, before and after Inductor agrees."""
+"""Which memory launches share, and which gradients they write over others."""
 
 import copy
 from itertools import product
@@ -11,6 +11,7 @@ from torch._inductor.virtualized import V
 
 from normfuse.backend import patches
 from normfuse.ops.add_rms_norm_backward import ADD_RMS_NORM_BACKWARD
+from normfuse.ops.qk_rms_norm_rope import QK_RMS_NORM_ROPE
 from normfuse.ops.rms_norm_backward import RMS_NORM_BACKWARD
 from normfuse.passes import inductor
 from tests.blocks import BranchBetweenNorms, GemmaRMSNorm
@@ -66,7 +67,6 @@ def test_the_gradient_of_a_residual_stream_stays_in_one_place():
 
     rows = [node for node in launches(graph) if "x_ptr" in node.kwargs["kwargs"]]
     assert len(rows) == 4
-    # Of the others, a sum of two products is the gradient, which is nowhere before it is read.
     assert all("grad_x_ptr" in written_over(launch) for launch in rows)
     stream = {node.kwargs["kwargs"].get("grad_residual_ptr") for node in rows} - {None}
     assert len(stream) == 1
@@ -107,9 +107,40 @@ def product_last(grad, *rest):
     return value.view(96, 64) @ value, results
 
 
+def pointwise_result(grad, *rest):
+    value = grad + 1
+    return value, add_norm_backward(value, *rest)
+
+
 def test_a_product_may_have_read_it_before():
     assert places(product_first, *SHAPES) == {"grad_x_ptr": "grad_y_ptr"}
     assert places(product_last, *SHAPES) == {}
+
+
+def test_a_pointwise_gradient_is_computed_where_it_is_read_and_written_over():
+    graph = lowered(lambda grad, *rest: add_norm_backward(grad + 1, *rest), *SHAPES)
+
+    launch, _ = launches(graph)
+    assert written_over(launch) == {"grad_x_ptr": "grad_y_ptr"}
+    place = launch.kwargs["kwargs"]["grad_y_ptr"]
+    assert place.target is torch.ops.prims.inductor_force_stride_order.default
+    assert place.args[0].target is torch.ops.aten.add.Tensor
+
+
+def test_launches_that_read_the_same_tables_share_their_memory():
+    def layers(x, weight, angles):
+        tables = angles.cos(), angles.sin()
+        for _ in range(2):
+            norms = ([weight] * 1, *tables, [1e-6], [0.0], [LLAMA], ["half 96 in=bf16 out=bf16"])
+            x = QK_RMS_NORM_ROPE([x], *norms)[0]
+        return x
+
+    first, second = launches(lowered(layers, (2, 4, 5, 96), (96,), (2, 1, 5, 96)))
+
+    for name in ("cos_ptr", "sin_ptr"):
+        table = first.kwargs["kwargs"][name]
+        assert table is second.kwargs["kwargs"][name]
+        assert table.target is torch.ops.prims.inductor_force_stride_order.default
 
 
 def test_each_result_has_a_place_of_its_own():
@@ -141,11 +172,19 @@ def test_two_results_never_share_the_place_of_one_gradient():
             add_norm_backward(value, *rest),
         ),
         lambda grad, *rest: add_norm_backward(made(grad.float()), *rest),
-        lambda grad, *rest: add_norm_backward(grad + 1, *rest),
+        pointwise_result,
         lambda grad, *rest: add_norm_backward(grad.unsafe_split(64)[0], *rest),
         lambda grad, *rest: add_norm_backward(made(grad).chunk(2)[0], *rest),
     ],
-    ids=["input", "result", "read as a view", "other type", "pointwise", "part of a pair", "part"],
+    ids=[
+        "input",
+        "result",
+        "read as a view",
+        "other type",
+        "pointwise result",
+        "part of a pair",
+        "part",
+    ],
 )
 def test_a_gradient_that_does_not_fit_or_die_is_left(backward, request):
     first = (128, 96) if "part" in request.node.callspec.id else (64, 96)
