@@ -307,6 +307,7 @@ def test_the_users_pass_runs_before_ours(hook, where):
     seen = {
         "pre_grad_custom_pass": [],
         "joint_custom_pre_pass": ["rms_norm", "rms_norm_backward"],
+        "joint_custom_post_pass": ["rms_norm", "rms_norm_backward"],
         "post_grad_custom_post_pass": ["rms_norm"],
     }
     assert spy.seen[0] == seen[hook]

@@ -79,6 +79,7 @@ def work(num_layers):
 def test_twice_as_many_layers_are_twice_the_work():
     work(1)  # fills torch's own caches, so that all models find them as full
     few, some, many = work(2), work(4), work(8)
-    for hook in inductor.HOOKS:
+    assert many["joint_custom_post_pass"] == few["joint_custom_post_pass"]  # training's alone
+    for hook in set(inductor.HOOKS) - {"joint_custom_post_pass"}:
         two_layers, four_layers = some[hook] - few[hook], many[hook] - some[hook]
         assert 0 < four_layers < 2.3 * two_layers, hook

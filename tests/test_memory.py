@@ -14,7 +14,9 @@ from normfuse.ops.add_rms_norm_backward import ADD_RMS_NORM_BACKWARD
 from normfuse.ops.qk_rms_norm_rope import QK_RMS_NORM_ROPE
 from normfuse.ops.rms_norm_backward import RMS_NORM_BACKWARD
 from normfuse.passes import inductor
+from tests import rotary
 from tests.blocks import BranchBetweenNorms, GemmaRMSNorm
+from tests.rotary import BATCH, DIM, TOKENS, WIDTH
 from tests.test_backward_lowering import BF16, add_norm_backward, launches
 from tests.test_lowering import LLAMA, lowered
 
@@ -201,3 +203,23 @@ def test_rows_that_are_read_again_keep_their_gradients():
 
     assert launch.kwargs["kwargs"]["HELD"] is False
     assert written_over(launch) == {}
+
+
+class Turning(rotary.Attention):
+    """Computes its tables, as a model does for all of its layers."""
+
+    def forward(self, x):
+        positions = torch.arange(TOKENS, dtype=torch.float32)
+        angles = torch.outer(positions, 10000.0 ** -torch.arange(0, 1, 2 / DIM))
+        cos, sin = (f(torch.cat((angles, angles), -1)).to(x.dtype) for f in (torch.cos, torch.sin))
+        return super().forward(x, cos[None], sin[None])
+
+
+def test_tables_are_computed_anew_in_the_backward():
+    x = torch.randn(BATCH, TOKENS, WIDTH).bfloat16()
+
+    graph = backward_graph(Turning().bfloat16(), x)
+
+    saved = [node.meta["val"].shape for node in graph.find_nodes(op="placeholder")]
+    assert not any(shape[-2:] == (TOKENS, DIM) and shape[0] == 1 for shape in saved)
+    assert graph.find_nodes(op="call_function", target=torch.ops.aten.cos.default)

@@ -33,4 +33,5 @@ def _copied(table: Node, place: Node) -> Node:
     with place.graph.inserting_before(place):
         copy = place.graph.call_function(torch.ops.aten.clone.default, (table,))
     copy.meta["val"] = fake_like(table.meta["val"])
+    copy.meta["partitioner_tag"] = "must_be_in_backward"
     return copy
