@@ -164,6 +164,21 @@ def test_two_results_never_share_the_place_of_one_gradient():
     assert len(set(places(backward, *SHAPES[1:]))) == 1
 
 
+def test_what_is_also_read_as_something_else_is_left():
+    """The kernel may read an activation, or another view, after it has written a result."""
+
+    def read_as_total(grad, grad_total, weight, rstd):
+        value = made(grad)
+        return add_norm_backward(value, grad_total, value, weight, rstd)
+
+    def read_as_two_views(grad, *rest):
+        value = made(grad)
+        return add_norm_backward(value.view(64, 96), value.view(64 * 96).view(64, 96), *rest)
+
+    assert places(read_as_total, *SHAPES[:2], *SHAPES[3:]) == {}
+    assert places(read_as_two_views, *SHAPES[1:]) == {}
+
+
 @pytest.mark.parametrize(
     "backward",
     [

@@ -75,11 +75,24 @@ def _write_over(launch: Node, places: dict[str, tuple[str, ...]], order: dict[No
     for result, gradients in places.items():
         for gradient in gradients:
             old, new = nodes.get(gradient), nodes.get(result)
-            if old and new and _is_alike(old, new) and (place := _place(launch, old, order)):
+            if not (old and new and _is_alike(old, new) and _is_apart(old, launch, places)):
+                continue
+            place = _place(launch, old, order)
+            if place is not None:
                 nodes = {name: node for name, node in nodes.items() if node is not old}
                 _replace(launch, new, place)
                 _erase(new)
                 break
+
+
+def _is_apart(gradient: Node, launch: Node, places: dict[str, tuple[str, ...]]) -> bool:
+    """Whether a launch reads the memory of a gradient as gradients alone, and as they lie there."""
+    names = {name for gradients in places.values() for name in gradients}
+    return not any(
+        _share_memory(gradient, node)
+        for name, node in _operands(launch).items()
+        if node is not gradient or name not in names
+    )
 
 
 def _place(launch: Node, gradient: Node, order: dict[Node, int]) -> Node | None:
