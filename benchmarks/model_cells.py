@@ -120,13 +120,8 @@ def measure(
             name: without_norms(model) if name == WITHOUT else model
             for name in list(plan.contenders)[:: -1 if reverse else 1]
         }
-        runs, found, first = {}, {}, {}
-        for name, subject in reversed(subjects.items()) if cold else ():
-            if name != WITHOUT:
-                run = Contender(name, subject, plan.turn, plan.options)
-                first[name] = _compile_seconds(run, inputs)
-                rewind()
-                forget()
+        first = _first_seconds(subjects, inputs, rewind, plan) if cold else {}
+        runs, found = {}, {}
         for name, subject in subjects.items():
             runs[name] = Contender(name, subject, plan.turn, plan.options)
             found[name] = _compiled(runs[name], inputs, rewind, first.get(name))
@@ -149,6 +144,20 @@ def forget() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _first_seconds(
+    subjects: dict[str, Any], inputs: Any, rewind: Rewind, plan: Plan
+) -> dict[str, float]:
+    """Seconds that each contender compiles, the last one first; nothing of it stays."""
+    found = {}
+    for name, subject in reversed(subjects.items()):
+        if name != WITHOUT:
+            run = Contender(name, subject, plan.turn, plan.options)
+            found[name] = _compile_seconds(run, inputs)
+            rewind()
+            forget()
+    return found
 
 
 def _compile_seconds(run: Contender, inputs: Any) -> float:

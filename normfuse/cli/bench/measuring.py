@@ -44,23 +44,16 @@ def measure_cell(
     """
     torch.compiler.reset()
     what = subject(cell)
-    num_bytes = what.num_bytes
-    rotation, hot = clock.rotations(num_bytes)
-    record: Record = {
-        **cell.to_json(),
-        "bytes": num_bytes,
-        "streams": list(what.streams),
-        "sets": rotation.num_sets,
-        "flushes": rotation.flushes,
-        "contenders": {},
-    }
+    rotation, hot = clock.rotations(what.num_bytes)
+    record = _begun(cell, what, rotation)
     sets = [what.operands(clock.device) for _ in range(rotation.num_sets)]
+    entries = record["contenders"]
     try:
         with clock.session(), torch.no_grad():
-            stage = _Stage(what, sets, rotation, hot, clock, record["contenders"])
+            stage = _Stage(what, sets, rotation, hot, clock, entries)
             for contender in contenders(what, peers, on_gpu=clock.device.type == "cuda"):
                 if contender.name in left_out:
-                    record["contenders"][contender.name] = {"failure": LEFT_OUT}
+                    entries[contender.name] = {"failure": LEFT_OUT}
                     continue
                 stage.enter(contender)
                 _check_context(clock, contender.name, record)
@@ -70,9 +63,21 @@ def measure_cell(
     except ContextLost:
         raise
     except Exception:
-        _check_context(clock, next(reversed(record["contenders"]), COPY), record)
+        _check_context(clock, next(reversed(entries), COPY), record)
         raise
     return record
+
+
+def _begun(cell: Cell, what: Subject, rotation: Rotation) -> Record:
+    """What a cell's record says before anything is measured."""
+    return {
+        **cell.to_json(),
+        "bytes": what.num_bytes,
+        "streams": list(what.streams),
+        "sets": rotation.num_sets,
+        "flushes": rotation.flushes,
+        "contenders": {},
+    }
 
 
 def _check_context(clock: Clock, name: str, record: Record) -> None:

@@ -99,13 +99,15 @@ def joined(first: Record, second: Record) -> Record:
     cells = [*first["cells"], *({**cell, "run": start + cell["run"]} for cell in new)]
     measured = {cell["name"] for cell in cells}
     lacking = dict.fromkeys([*first["not_reached"], *second["not_reached"]])
+    not_reached = [name for name in lacking if name not in measured]
+    broken = {**first["broken"], **second["broken"]}
     return {
         **first,
         "runs": [*first["runs"], *second["runs"]],
         "cells": cells,
-        "not_reached": [name for name in lacking if name not in measured],
-        "broken": {**first["broken"], **second["broken"]},
-        "is_complete": first["is_complete"] and second["is_complete"],
+        "not_reached": not_reached,
+        "broken": broken,
+        "is_complete": not not_reached and not broken,
     }
 
 
