@@ -28,6 +28,11 @@ def launch(stem: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> A
     return import_module(f"normfuse.ops.kernels.{stem}").launch(*arguments, **keywords)
 
 
+def run(module: str, kernel: str, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+    """Runs in the other process: one launch, which writes to memory that both processes share."""
+    getattr(import_module(module), kernel)[grid](**arguments)
+
+
 def kernel_form(name: str, arguments: tuple[Any, ...], wrap: Any = None) -> list[Any]:
     """Runs in the other process: all results of an op's Triton form."""
     from normfuse.ops import lowering

@@ -18,6 +18,7 @@ NAMES = [op._schema.name.partition("::")[2] for op in lowering.ALL_OPS]
 BACKWARDS = [name for name in NAMES if name.endswith("_backward") and name not in WITHOUT]
 
 
+@pytest.mark.guarantee
 @pytest.mark.parametrize("dtype", [BF16, F32])
 @pytest.mark.parametrize("name", BACKWARDS)
 def test_results_are_the_same_in_the_place_of_gradients(interpreter, name, dtype):
