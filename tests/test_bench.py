@@ -5,6 +5,8 @@ import json
 import math
 import multiprocessing
 import pickle
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from normfuse.cli.bench.timing import (
     FLUSH_BYTES,
     GRAPH_BYTES,
     L2_BYTES,
+    CudaClock,
     DryClock,
     Rotation,
     Timing,
@@ -232,6 +235,46 @@ class TestCell:
         entries = measuring.measure_cell(cell, (), Gpu())["contenders"]
         assert entries["refused"]["failure"] == "RuntimeError: invalid argument"
         assert entries[COPY]["failure"] is None
+
+    def test_one_that_breaks_when_it_is_timed_is_the_one_to_blame(self, rivals):
+        """All were recorded and checked by then, the copy as the last."""
+
+        class Gpu(DryClock):
+            is_lost = False
+
+            def samples(self, recording, rotation, count):
+                if getattr(recording.call, "breaks", False):
+                    self.is_lost = True
+                    raise RuntimeError("an illegal memory access was encountered")
+                return super().samples(recording, rotation, count)
+
+            def synchronize(self):
+                if self.is_lost:
+                    raise RuntimeError("an illegal memory access was encountered")
+
+        def breaking(*operands):
+            return contenders_of._functional(*operands)
+
+        breaking.breaks = True
+        rivals.append(Contender("breaking", lambda: breaking))
+        with pytest.raises(measuring.ContextLost) as lost:
+            measuring.measure_cell(Cell("rms_norm", 4, 64), (), Gpu())
+        record, name = lost.value.args
+        assert name == "breaking"
+        assert "illegal memory access" in record["contenders"]["breaking"]["failure"]
+
+    def test_a_recording_keeps_what_it_reads(self, monkeypatch):
+        """A CUDA graph replays with addresses; freed ones would hold other tensors by then."""
+        graph = SimpleNamespace(replay=lambda: None)
+        monkeypatch.setattr(CudaClock, "_captured", lambda self, body: graph)
+        operand = torch.ones(4)
+        reference = weakref.ref(operand)
+        clock = object.__new__(CudaClock)
+        recording = clock.record(lambda x: (x + 1,), [(operand,)], 1, None)
+        del operand
+        assert reference() is not None
+        del recording
+        assert reference() is None
 
     def test_one_that_writes_nothing(self, rivals):
         """The first call is right; the recorded one leaves the poison where it is."""

@@ -15,7 +15,15 @@ from normfuse.cli.bench.contenders import COPY, Contender, contenders
 from normfuse.cli.bench.peers import Peer, one_line
 from normfuse.cli.bench.spellings import Tensor
 from normfuse.cli.bench.subjects import Subject, subject
-from normfuse.cli.bench.timing import Clock, Recording, Rotation, Sets, Timing, measure
+from normfuse.cli.bench.timing import (
+    Clock,
+    Recording,
+    Rotation,
+    Sets,
+    Timing,
+    TimingError,
+    measure,
+)
 
 Record = dict[str, Any]
 LEFT_OUT = "left out: it has broken the CUDA context of a process before"
@@ -57,10 +65,16 @@ def measure_cell(
                     continue
                 stage.enter(contender)
                 _check_context(clock, contender.name, record)
-            stage.enter_copy()
-            _check_context(clock, COPY, record)
+            if COPY in left_out:
+                entries[COPY] = {"failure": LEFT_OUT}
+            else:
+                stage.enter_copy()
+                _check_context(clock, COPY, record)
             stage.run()
     except ContextLost:
+        raise
+    except TimingError as error:
+        _check_context(clock, error.name, record)
         raise
     except Exception:
         _check_context(clock, next(reversed(entries), COPY), record)
@@ -104,8 +118,6 @@ class _Stage:
         self._rotation, self._hot = rotation, hot
         self._cold_recordings: dict[str, Recording] = {}
         self._hot_recordings: dict[str, Recording] = {}
-        # Kernels are unloaded with the functions that launch them, and recordings need them.
-        self._calls: list[Any] = []
 
     def enter(self, contender: Contender) -> None:
         """Records a contender and checks it; one that fails or is wrong is not timed."""
@@ -147,7 +159,6 @@ class _Stage:
             }
             best = min(times, key=times.__getitem__)
             entry["tile"] = best
-            self._calls.append(calls)
             self._cold_recordings[COPY] = trials[best]
             if self._hot is not None:
                 self._hot_recordings[COPY] = self._recorded_hot(calls[best], sets[0])
@@ -173,7 +184,6 @@ class _Stage:
         What is checked is the recording itself: its results are filled with NaN, then it is
         replayed. One that writes over its operands can only be checked before, as `found`.
         """
-        self._calls.append(call)
         results: list[Sequence[Tensor] | None] = [None] * len(sets)
         recording = self._recorded(call, sets, results)
         self._cold_recordings[name] = recording

@@ -101,6 +101,14 @@ class Timing:
         return cls(us, (max(medians) - min(medians)) / us, min(samples))
 
 
+class TimingError(RuntimeError):
+    """The recording of the contender `name` cannot be replayed; the cause is chained."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"{name} cannot be replayed")
+        self.name = name
+
+
 class Recording(Protocol):
     """Calls that were recorded and can be replayed."""
 
@@ -167,7 +175,8 @@ class CudaClock:
         self, call: Call, sets: Sets, cycles: int, results: list[Sequence[Tensor] | None] | None
     ) -> Recording:
         """A CUDA graph of the calls."""
-        return self._captured(partial(rotate, call, sets, cycles, results))
+        graph = self._captured(partial(rotate, call, sets, cycles, results))
+        return _CudaRecording(graph, call, sets)
 
     def _captured(self, body: Callable[[], object]) -> Recording:
         """A CUDA graph, without the garbage collection of `torch.cuda.graph`."""
@@ -237,6 +246,22 @@ def _event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
+@dataclass(frozen=True)
+class _CudaRecording:
+    """A CUDA graph, with what it needs as long as it is replayed.
+
+    The graph knows addresses only: the kernels are unloaded with the function that launches them,
+    and what the operands leave belongs to the next tensor that is made.
+    """
+
+    graph: Recording
+    call: Call
+    sets: Sets
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+
 class DryClock:
     """No GPU: what a replay does, it does on the CPU, and the times are made up."""
 
@@ -301,10 +326,17 @@ def rotate(
 def measure(
     clock: Clock, recordings: dict[str, Recording], rotation: Rotation
 ) -> dict[str, Timing]:
-    """Times recordings by turns, in rounds of alternating order."""
+    """Times recordings by turns, in rounds of alternating order.
+
+    Raises:
+        TimingError: a recording cannot be replayed.
+    """
     rounds: dict[str, list[list[float]]] = {name: [] for name in recordings}
     for number in range(ROUNDS):
         names = list(recordings) if number % 2 == 0 else list(reversed(recordings))
         for name in names:
-            rounds[name].append(clock.samples(recordings[name], rotation, SAMPLES))
+            try:
+                rounds[name].append(clock.samples(recordings[name], rotation, SAMPLES))
+            except Exception as error:
+                raise TimingError(name) from error
     return {name: Timing.of(samples) for name, samples in rounds.items()}
