@@ -76,6 +76,7 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--no-compile-times", action="store_true", help="compile with caches")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="after the imports")
     jobs = "processes; 1 is this one (default: one for each model, at most one for each core)"
+    jobs += "; more than models share a model's cells"
     parser.add_argument("--jobs", type=int, help=jobs)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="shrink all: measures nothing")
@@ -95,24 +96,27 @@ def _names(text: str) -> list[str]:
 
 
 def rows_of(
-    models: list[str], arguments: argparse.Namespace, turn: AbstractContextManager[Any]
+    models: list[str],
+    cells: list[str],
+    arguments: argparse.Namespace,
+    turn: AbstractContextManager[Any],
 ) -> Iterator[Row]:
     """A row for each cell, one of each model first."""
     others = [name for name in ("triton", WITHOUT) if getattr(arguments, name)]
     names = ("plain", "auto", *others)
     options = {"disable_cpp_codegen": True} if arguments.device == "cpu" else {}
     plan = Plan(names, arguments.rounds, options, turn)
-    cells = TINY_CELLS if arguments.tiny else CELLS
+    shapes = TINY_CELLS if arguments.tiny else CELLS
     built: dict[str, Any] = {}
     _prepare(arguments.device, options)
-    for cell, model in product(arguments.cells, models):
+    for cell, model in product(cells, models):
         row: Row = {"model": model, "cell": cell, "layers": arguments.layers}
         cold = cell == arguments.cells[0] and not arguments.no_compile_times
         reverse = (list(MODELS).index(model) + list(CELLS).index(cell)) % 2 == 1
         try:
             if model not in built:
                 built[model] = build(model, arguments.device, arguments.layers, tiny=arguments.tiny)
-            found = measure(built[model], cells[cell], plan, cold=cold, reverse=reverse)
+            found = measure(built[model], shapes[cell], plan, cold=cold, reverse=reverse)
             yield {**row, "contenders": found}
         except Exception as error:  # such as a lack of memory; the other cells go on
             yield {**row, "failed": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
@@ -127,9 +131,11 @@ def _prepare(device: str, options: dict[str, Any]) -> None:
         product(torch.ones(64, 64, device=device, dtype=torch.bfloat16))
 
 
-def _work(models: list[str], arguments: argparse.Namespace, turn: Any, rows: Any) -> None:
-    """A process: sends its rows, and None at the end."""
-    for row in rows_of(models, arguments, turn):
+def _work(
+    group: tuple[list[str], list[str]], arguments: argparse.Namespace, turn: Any, rows: Any
+) -> None:
+    """A process: sends the rows of its models and cells, and None at the end."""
+    for row in rows_of(*group, arguments, turn):
         rows.put(row)
     rows.put(None)
 
@@ -139,7 +145,7 @@ def run(arguments: argparse.Namespace, keep: Callable[[Row], None]) -> None:
     deadline = time.monotonic() + (arguments.time_limit or 1e9) - LAST_SECONDS
     jobs = arguments.jobs or min(len(arguments.models), os.cpu_count() or 1)
     if jobs == 1:
-        for row in rows_of(arguments.models, arguments, nullcontext()):
+        for row in rows_of(arguments.models, arguments.cells, arguments, nullcontext()):
             keep(row)
             if time.monotonic() > deadline:
                 return
@@ -148,13 +154,12 @@ def run(arguments: argparse.Namespace, keep: Callable[[Row], None]) -> None:
     context = multiprocessing.get_context("spawn")
     places, rows = [(device, context.RLock()) for device in _devices(arguments)], context.Queue()
     processes, visible = [], os.environ.get("CUDA_VISIBLE_DEVICES")
-    for index in range(jobs):
-        if group := arguments.models[index::jobs]:
-            device, turn = places[index % len(places)]
-            os.environ["CUDA_VISIBLE_DEVICES"] = device  # the process inherits it
-            work = (group, arguments, turn, rows)
-            processes.append(context.Process(target=_work, args=work, daemon=False))
-            processes[-1].start()
+    for index, group in enumerate(_groups(arguments, jobs)):
+        device, turn = places[index % len(places)]
+        os.environ["CUDA_VISIBLE_DEVICES"] = device  # the process inherits it
+        work = (group, arguments, turn, rows)
+        processes.append(context.Process(target=_work, args=work, daemon=False))
+        processes[-1].start()
     os.environ.pop("CUDA_VISIBLE_DEVICES", None)
     if visible is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible
@@ -163,6 +168,14 @@ def run(arguments: argparse.Namespace, keep: Callable[[Row], None]) -> None:
     finally:
         for process in processes:
             process.terminate()
+
+
+def _groups(arguments: argparse.Namespace, jobs: int) -> Iterator[tuple[list[str], list[str]]]:
+    """Models and cells for each process; a model's cells are shared out where jobs are left."""
+    models, cells = arguments.models, arguments.cells
+    count = min(max(1, jobs // len(models)), len(cells))
+    for share, index in product(range(count), range(min(jobs, len(models)))):
+        yield models[index::jobs], cells[share::count]
 
 
 def _devices(arguments: argparse.Namespace) -> list[str]:

@@ -1,5 +1,6 @@
 """benchmarks/models.py without a GPU: a tiny model goes through it, made-up numbers are summed."""
 
+import argparse
 import importlib
 import json
 import sys
@@ -46,6 +47,22 @@ def test_a_tiny_model_goes_through_every_step(tmp_path, capsys):
     assert "llama3_8b" in capsys.readouterr().out
     with pytest.raises(ValueError, match="must be measured, got a trial"):
         tool_named("models_table").section(record)
+
+
+@pytest.mark.parametrize(
+    ("jobs", "expected"),
+    [
+        (1, [("abc", "xyz")]),
+        (2, [("ac", "xyz"), ("b", "xyz")]),
+        (3, [("a", "xyz"), ("b", "xyz"), ("c", "xyz")]),
+        (7, [(model, cells) for cells in ("xz", "y") for model in "abc"]),
+        (99, [(model, cell) for cell in "xyz" for model in "abc"]),
+    ],
+)
+def test_every_cell_is_one_process_s(jobs, expected):
+    arguments = argparse.Namespace(models=list("abc"), cells=list("xyz"))
+    groups = [("".join(a), "".join(b)) for a, b in models._groups(arguments, jobs)]
+    assert groups == expected
 
 
 class Interpreted:
