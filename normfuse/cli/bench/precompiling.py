@@ -98,7 +98,7 @@ def forget_choices(directory: Path) -> int:
     """Removes what autotuning has chosen, and says how many choices there were."""
     found = list(directory.rglob(CHOICES))
     for path in found:
-        path.unlink()
+        path.unlink(missing_ok=True)  # another share may have forgotten it
     return len(found)
 
 
