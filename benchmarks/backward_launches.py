@@ -69,7 +69,7 @@ class Candidate(NamedTuple):
 
 def candidates(width: int) -> Iterator[Candidate]:
     """Those whose chunks end near the end of a row, with 8 to 40 elements of it in a thread."""
-    for lane, threads, stages in product((4, 8), (128, 256, 512, 1024), (2, 3, 4)):
+    for lane, threads, stages in product((4, 8), (128, 256, 512, 1024), range(2, 7)):
         chunks = -(-width // (lane * threads))
         fits = chunks * lane * threads < width + max(width // 2, lane * threads)
         if fits and chunks <= 6 and chunks * lane <= 40:

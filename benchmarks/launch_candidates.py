@@ -84,7 +84,7 @@ WEAK = (
     *((DUAL, width, "bf16", (64, 4096, 16384)) for width in (8192, 2816)),
     ("rms_norms", 8192, "bf16", (512, 4096)),
     ("rms_norm", 8192, "bf16", (64, 4096, 16384)),
-    *((op, 769, "bf16", (32, 4096)) for op in ("rms_norm", "add_rms_norm", SANDWICH)),
+    *((op, 769, "bf16", (32, 4096, 65536)) for op in ("rms_norm", "add_rms_norm", SANDWICH)),
 )
 WEAK_HEADS = (((32, 8), 128), ((32, 16), 128), ((16, 8), 256), ((8, 4), 256), ((8, 4), 512))
 
@@ -116,10 +116,10 @@ def _unusual(op: str, width: int, dtype: str) -> Iterator[Candidate]:
     if width > 16384:
         yield from _wide(op, width)
     elif width % 8:  # no vector divides it: every element is a load of its own
-        for rows, block, warps in ((1, 1024, 1), (1, 1024, 2), (1, 1024, 4), (1, 1024, 8)):
-            yield from (Candidate(rows, block, warps, reads) for reads in READS[:2])
-        for rows, block, warps in ((1, 256, 2), (1, 512, 2), (1, 512, 4), (2, 1024, 8)):
-            yield from (Candidate(rows, block, warps, reads) for reads in READS[:2])
+        for block, warps in product((256, 512, 1024), (1, 2, 4, 8)):
+            for rows in (1, 2, 4, 8):  # one load of a weight serves them all
+                if block >= 32 * warps and rows * 1024 // (32 * warps) <= 64:
+                    yield from (Candidate(rows, block, warps, reads) for reads in READS[:2])
     else:
         yield from _common(op, width, 4 if dtype == "fp32" else 8)
 
