@@ -223,18 +223,51 @@ def test_rows_that_are_read_again_keep_their_gradients():
 class Turning(rotary.Attention):
     """Computes its tables, as a model does for all of its layers."""
 
-    def forward(self, x):
+    def angles(self, x):
         positions = torch.arange(TOKENS, dtype=torch.float32)
-        angles = torch.outer(positions, 10000.0 ** -torch.arange(0, 1, 2 / DIM))
+        return torch.outer(positions, 10000.0 ** -torch.arange(0, 1, 2 / DIM))
+
+    def forward(self, x):
+        angles = self.angles(x)
         cos, sin = (f(torch.cat((angles, angles), -1)).to(x.dtype) for f in (torch.cos, torch.sin))
         return super().forward(x, cos[None], sin[None])
 
 
+class TurningByProduct(Turning):
+    """Angles that the backward does not compute again, as torch 2.11 makes those of all models."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.types = dtype
+
+    def angles(self, x):
+        return x.detach()[0].to(self.types) @ torch.ones(WIDTH, DIM // 2, dtype=self.types)
+
+
+def saved_tables(model):
+    """Types of the tables, and of halves of them, that a backward gets; and its nodes."""
+    graph = backward_graph(model.bfloat16(), torch.randn(BATCH, TOKENS, WIDTH).bfloat16())
+    saved = [node.meta["val"] for node in graph.find_nodes(op="placeholder")]
+    tables = [one.dtype for one in saved if one.shape in ((1, TOKENS, DIM), (1, 1, TOKENS, DIM))]
+    halves = [one.dtype for one in saved if one.shape == (TOKENS, DIM // 2)]
+    return tables, halves, [node.target for node in graph.nodes]
+
+
 def test_tables_are_computed_anew_in_the_backward():
-    x = torch.randn(BATCH, TOKENS, WIDTH).bfloat16()
+    tables, _, targets = saved_tables(Turning())
 
-    graph = backward_graph(Turning().bfloat16(), x)
+    assert not tables
+    assert torch.ops.aten.cos.default in targets
 
-    saved = [node.meta["val"].shape for node in graph.find_nodes(op="placeholder")]
-    assert not any(shape[-2:] == (TOKENS, DIM) and shape[0] == 1 for shape in saved)
-    assert graph.find_nodes(op="call_function", target=torch.ops.aten.cos.default)
+
+def test_what_tables_are_made_from_is_kept_where_it_is_smaller():
+    tables, halves, targets = saved_tables(TurningByProduct(torch.float32))
+
+    assert (tables, halves) == ([], [torch.float32])
+    assert torch.ops.aten.cos.default in targets
+
+
+def test_tables_are_kept_where_what_they_are_made_from_is_larger():
+    tables, halves, _ = saved_tables(TurningByProduct(torch.float64))
+
+    assert (tables, halves) == ([torch.bfloat16] * 2, [])

@@ -2,7 +2,8 @@
 
 Autograd's partitioner computes again what a pointwise backward reads, and keeps what anything else
 reads: to it, our gradients are something else, so that cos and sin would be kept from the forward
-on. Behind a copy they are read by something pointwise. Inductor drops the copy after the partition,
+on. So the way from what they are made from is put into the backward once more. It begins with
+copies, or else it would be taken for that of the forward; Inductor drops them after the partition,
 and before it, too, so that this is the last that is done to a joint graph.
 """
 
@@ -10,28 +11,80 @@ from __future__ import annotations
 
 import torch
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
 
 from normfuse.ops.qk_rms_norm_rope_backward import QK_RMS_NORM_ROPE_BACKWARD
-from normfuse.patterns.fakes import fake_like
+from normfuse.passes import inductor
+from normfuse.passes.region import is_pointwise, is_view
 
 _TABLES = (4, 5)  # which arguments of the op
+_CAT = torch.ops.aten.cat.default
+MAX_STEPS = 64  # between a table and what it is made from
 
 
 def recompute_tables(graph: Graph) -> None:
-    """Put a copy between each computed table of a joint graph and the gradients that read it."""
-    copies: dict[Node, Node] = {}
+    """Compute each table of a joint graph anew for the gradients that read it."""
+    anew: dict[Node, Node] = {}
     for op in graph.find_nodes(op="call_function", target=QK_RMS_NORM_ROPE_BACKWARD):
         for index in _TABLES:
             table = op.args[index]
             if isinstance(table, Node) and table.op == "call_function":
-                if table not in copies:
-                    copies[table] = _copied(table, op)
-                op.update_arg(index, copies[table])
+                if table not in anew:
+                    _compute(table, op, anew)
+                op.update_arg(index, anew[table])
 
 
-def _copied(table: Node, place: Node) -> Node:
+def _compute(table: Node, place: Node, anew: dict[Node, Node]) -> None:
+    """Add the table, and what it takes, to the nodes that stand in front of `place`."""
+    steps = _steps(table)
     with place.graph.inserting_before(place):
-        copy = place.graph.call_function(torch.ops.aten.clone.default, (table,))
-    copy.meta["val"] = fake_like(table.meta["val"])
-    copy.meta["partitioner_tag"] = "must_be_in_backward"
-    return copy
+        for source in _sources(steps) if steps else [table]:
+            if source not in anew:
+                anew[source] = place.graph.call_function(torch.ops.aten.clone.default, (source,))
+                _describe(anew[source])
+        for step in steps:
+            if step not in anew:
+                anew[step] = place.graph.node_copy(step, lambda node: anew.get(node, node))
+                _describe(anew[step])
+
+
+def _steps(table: Node) -> list[Node]:
+    """What Inductor fuses into the table, in order; none if it is made from more bytes than its own
+
+    Then it is smaller to keep than what it is made from.
+    """
+    steps: dict[Node, None] = {}
+    pending = [table]
+    while pending and len(steps) <= MAX_STEPS:
+        node = pending.pop()
+        if node not in steps and (is_pointwise(node) or is_view(node) or node.target is _CAT):
+            steps[node] = None
+            pending += node.all_input_nodes
+    kept = sum(map(_num_bytes, _sources(list(steps))))
+    return [] if pending or kept > _num_bytes(table) else sorted(steps)
+
+
+def _sources(steps: list[Node]) -> list[Node]:
+    """The tensors that the steps begin with."""
+    inside = set(steps)
+    found = dict.fromkeys(one for step in steps for one in step.all_input_nodes)
+    return [one for one in found if one not in inside and _is_tensor(one)]
+
+
+def _is_tensor(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _num_bytes(node: Node) -> int:
+    """Of a tensor that would be kept; an input of the graph is there in any case."""
+    if node.op == "placeholder":
+        return 0
+    value = node.meta["val"]
+    return int(inductor.hint(value.numel()) * value.dtype.itemsize)
+
+
+def _describe(node: Node) -> None:
+    """What tracing would have recorded, and where the partitioner shall leave it."""
+    arguments = map_arg((node.args, node.kwargs), lambda one: one.meta["val"])
+    node.meta["val"] = node.target(*arguments[0], **arguments[1])  # type: ignore[operator]
+    node.meta["partitioner_tag"] = "must_be_in_backward"

@@ -170,9 +170,9 @@ def _before(node: Node) -> list[Node]:
     size = min(inductor.hint(x.numel()) for x in _activations(node))
     found: dict[Node, None] = {}
     pending = list(node.all_input_nodes)
-    while pending and sum(map(_is_pointwise, found)) < MAX_NEIGHBOURS:
+    while pending and sum(map(is_pointwise, found)) < MAX_NEIGHBOURS:
         producer = pending.pop(0)
-        if producer in found or not (_is_pointwise(producer) or _is_view(producer)):
+        if producer in found or not (is_pointwise(producer) or is_view(producer)):
             continue
         if inductor.hint(_value(producer).numel()) >= size:
             found[producer] = None
@@ -184,7 +184,7 @@ def _without_idle_views(found: dict[Node, None]) -> list[Node]:
     """Without the views of what comes from elsewhere: it is an input with their strides."""
     kept = dict(found)
     while idle := [
-        one for one in kept if _is_view(one) and not any(up in kept for up in one.all_input_nodes)
+        one for one in kept if is_view(one) and not any(up in kept for up in one.all_input_nodes)
     ]:
         for one in idle:
             del kept[one]
@@ -197,9 +197,9 @@ def _after(node: Node) -> list[Node]:
     pending = [user for user in node.users if user.target is operator.getitem]
     inside |= dict.fromkeys(pending)
     num_results = len(inside)
-    while pending and sum(map(_is_pointwise, inside)) < MAX_NEIGHBOURS:
+    while pending and sum(map(is_pointwise, inside)) < MAX_NEIGHBOURS:
         for user in pending.pop(0).users:
-            if user in inside or not (_is_pointwise(user) or _is_view(user)):
+            if user in inside or not (is_pointwise(user) or is_view(user)):
                 continue
             others = [one for one in user.all_input_nodes if one not in inside]
             if not any(_depends_on(one, node) for one in others):
@@ -212,7 +212,7 @@ def _without_trailing_views(after: list[Node]) -> list[Node]:
     """Without the views at the end, which only look at what is already there."""
     kept = dict.fromkeys(after)
     while trailing := [
-        one for one in kept if _is_view(one) and not any(u in kept for u in one.users)
+        one for one in kept if is_view(one) and not any(u in kept for u in one.users)
     ]:
         for one in trailing:
             del kept[one]
@@ -233,11 +233,13 @@ def _depends_on(node: Node, site: Node) -> bool:
     return False
 
 
-def _is_pointwise(node: Node) -> bool:
+def is_pointwise(node: Node) -> bool:
+    """Whether Inductor fuses a node with its neighbours, element by element."""
     return node.op == "call_function" and _kind(node.target) == "pointwise" and _is_tensor(node)
 
 
-def _is_view(node: Node) -> bool:
+def is_view(node: Node) -> bool:
+    """Whether a node shows the memory of another."""
     return node.op == "call_function" and _kind(node.target) == "view" and _is_tensor(node)
 
 
@@ -262,6 +264,6 @@ def _name(target: Any) -> str:
 
 def _names(before: list[Node], after: list[Node]) -> tuple[str, ...]:
     def names(word: str, nodes: list[Node]) -> Iterator[str]:
-        return (f"{word} {_name(node.target)}" for node in nodes if _is_pointwise(node))
+        return (f"{word} {_name(node.target)}" for node in nodes if is_pointwise(node))
 
     return tuple(sorted((*names("before", before), *names("after", after))))
