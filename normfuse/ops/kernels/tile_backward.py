@@ -20,14 +20,15 @@ if TYPE_CHECKING:
 # The multiprocessors of an H100 or H200. Every GPU gets a multiple of this many programs: the order
 # in which gradients are summed, and so their bits, depend on the shape alone.
 PROGRAMS = 132
-# One row is worked on, and two are on their way: with one, a program waits for it. On an H200 the
-# gradients of a sandwich took 1.05 to 1.8 times as long with two stages as with three
+# One row is worked on, and two or three are on their way: with one, a program waits for it. On an
+# H200 the gradients of a sandwich took 1.05 to 1.8 times as long with two stages as with three
 # (benchmarks/results/backward_launches_h200.json).
-STAGES = 3
+STAGES, MOST_STAGES = 3, 4
 # Of rows on their way, a multiprocessor has more than this while its programs work on others: what
 # the memory delivers in the time of a request, twice over. Fewer programs wait for the memory, and
-# more write partial sums for nothing (the same record).
-BYTES_AHEAD = 48 * 1024
+# more write partial sums for nothing: where a fourth stage does instead of another program, it is
+# up to 11 % faster (backward_stages_h200.json).
+BYTES_AHEAD = 56 * 1024
 ROWS_EACH = 4  # at least, of a program, where a multiprocessor has several
 # What a program may keep of rows on their way where no GPU says: an H100's. Sums that warps
 # exchange take some of it, too.
@@ -103,9 +104,9 @@ class BackwardLaunch:
             block = threads * lane
             rows, chunks = 1, triton.cdiv(cols, block)
         tile_bytes = rows * block * chunks * dtype.itemsize * operands
-        programs = num_programs(num_rows, rows, tile_bytes)
         left = max(0, shared_memory - EXCHANGED)
-        stages = min(STAGES, 1 + left // tile_bytes)
+        programs, stages = num_programs(num_rows, rows, tile_bytes)
+        stages = min(stages, 1 + left // tile_bytes)
         return cls(rows, block, chunks, held, threads // warp_size, programs, stages)
 
     def constants(self) -> dict[str, Any]:
@@ -154,8 +155,11 @@ def shared_memory(device: torch.device) -> int:
     return int(getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block))
 
 
-def num_programs(num_rows: Any, rows: int, tile_bytes: int) -> Any:
-    """As many programs as keep the memory busy, but few rows do not make more partial sums.
+def num_programs(num_rows: Any, rows: int, tile_bytes: int) -> tuple[Any, int]:
+    """As many programs as keep the memory busy, and in how many stages each loads its rows.
+
+    Few programs with another stage rather than more programs, and never so many that few rows make
+    more partial sums.
 
     Args:
         num_rows: may be symbolic.
@@ -163,11 +167,14 @@ def num_programs(num_rows: Any, rows: int, tile_bytes: int) -> Any:
         tile_bytes: what is read of a tile.
     """
     if not isinstance(num_rows, int):
-        return PROGRAMS  # symbolic: a program without rows adds zeros
-    num_tiles = (num_rows + rows - 1) // rows
-    busy = BYTES_AHEAD // ((STAGES - 1) * tile_bytes) + 1
-    each = max(1, min(busy, num_tiles // (ROWS_EACH * PROGRAMS)))
-    return min(PROGRAMS * each, num_tiles)
+        each, programs = 1, PROGRAMS  # symbolic: a program without rows adds zeros
+    else:
+        num_tiles = (num_rows + rows - 1) // rows
+        busy = BYTES_AHEAD // ((MOST_STAGES - 1) * tile_bytes) + 1
+        each = max(1, min(busy, num_tiles // (ROWS_EACH * PROGRAMS)))
+        programs = min(PROGRAMS * each, num_tiles)
+    is_busy = each * (STAGES - 1) * tile_bytes > BYTES_AHEAD
+    return programs, STAGES if is_busy else MOST_STAGES
 
 
 def scale_constants(scales: Scales | None) -> dict[str, Any]:
