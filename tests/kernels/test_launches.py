@@ -13,10 +13,15 @@ launches = pytest.importorskip("normfuse.ops.kernels.launches")
 tile = pytest.importorskip("normfuse.ops.kernels.tile")
 
 
-@pytest.mark.parametrize("op", launches.LAUNCHES)
-def test_an_entry_can_be_launched_and_no_width_has_two(op):
-    entries = launches.LAUNCHES[op]
+TABLES = [
+    pytest.param(table, id=f"{op}, {name}")
+    for name, tables in (("aligned", launches.LAUNCHES), ("odd", launches.ODD_LAUNCHES))
+    for op, table in tables.items()
+]
 
+
+@pytest.mark.parametrize("entries", TABLES)
+def test_an_entry_can_be_launched_and_no_width_has_two(entries):
     for entry in entries:
         assert entry.narrowest <= entry.widest
         assert entry.rows * entry.block >= 32 * entry.num_warps, "every lane has an element"
@@ -35,6 +40,14 @@ def test_measured_widths_take_the_table_and_other_types_a_rule():
     assert tile.Launch.for_shape(5376, BF16, F64, op="rms_norm") == tile.Launch.by_rule(5376, F64)
 
 
+def test_rows_that_begin_anywhere_have_launches_of_their_own():
+    (odd,) = launches.ODD_LAUNCHES["add_rms_norm"]
+    for width, is_odd in ((768, False), (769, True), (772, True), (776, False)):
+        launch = tile.Launch.for_shape(width, BF16, F32, op="add_rms_norm")
+        assert ((launch.block, launch.num_warps) == (odd.block, odd.num_warps)) == is_odd
+    assert tile.Launch.for_shape(769, F32, F32, op="add_rms_norm") == tile.Launch.by_rule(769, F32)
+
+
 def test_the_rule_asks_for_weights_ahead_where_rows_are_few_and_registers_many():
     narrow, wide = tile.Launch.by_rule(4096, F32), tile.Launch.by_rule(32768, F32)
 
@@ -44,7 +57,7 @@ def test_the_rule_asks_for_weights_ahead_where_rows_are_few_and_registers_many()
 
 
 @pytest.mark.parametrize("op", [*launches.LAUNCHES, "an op without measurements"])
-@pytest.mark.parametrize("width", [48, 128, 1024, 2816, 5376, 16384, 65536])
+@pytest.mark.parametrize("width", [48, 128, 769, 1024, 2816, 5376, 16384, 65536])
 def test_the_order_of_a_sum_does_not_depend_on_the_number_of_rows(op, width):
     launch = tile.Launch.for_shape(width, BF16, F32, op=op)
 

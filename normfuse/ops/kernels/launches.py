@@ -139,6 +139,13 @@ LAUNCHES: dict[str, tuple[Entry, ...]] = {
         Entry(8193, 16384, 1, 4096, 16, _HELD, _HELD, None),
     ),
 }
+
+# Rows that begin anywhere, so that each element is a load of its own (launches_odd_h200.json).
+ODD_LAUNCHES: dict[str, tuple[Entry, ...]] = {
+    "rms_norm": (Entry(513, 1024, 1, 256, 2, _AHEAD, _AHEAD, None),),
+    "add_rms_norm": (Entry(513, 1024, 1, 256, 8, _AHEAD, _AHEAD, None),),
+    "rms_norm_add_rms_norm": (Entry(513, 1024, 1, 256, 8, _AHEAD, _AHEAD, None),),
+}
 # fmt: on
 
 # Heads that stand side by side, by the width of their tile: elements of a tile, warps of a program,

@@ -10,7 +10,7 @@ import torch
 import triton
 
 from normfuse.ops.kernels.constants import target
-from normfuse.ops.kernels.launches import LAUNCHES, MANY_ROWS, ROWS_HELD, Entry
+from normfuse.ops.kernels.launches import LAUNCHES, MANY_ROWS, ODD_LAUNCHES, ROWS_HELD, Entry
 from normfuse.ops.kernels.rows import known
 
 # Lanes of a warp: 64 on the CDNA chips of AMD that we compile for.
@@ -57,7 +57,8 @@ class Launch:
         """The launch of `op` for rows of `cols` elements of `dtype`: measured, or by rule."""
         compute = torch.promote_types(dtype, compute)
         if dtype.itemsize == 2 and compute != torch.float64:
-            for entry in LAUNCHES.get(op, ()):
+            odd = ODD_LAUNCHES.get(op, ()) if cols * dtype.itemsize % VECTOR_BYTES else ()
+            for entry in (*odd, *LAUNCHES.get(op, ())):
                 if entry.narrowest <= cols <= entry.widest:
                     return cls.of_entry(entry, cols, warp_size)
         vector = VECTOR_BYTES // (4 if compute == torch.float64 else min(4, dtype.itemsize))
