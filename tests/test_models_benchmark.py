@@ -241,9 +241,31 @@ def test_section_of_the_readme():
     arguments = models.arguments_of([])
     record = models.record_of(arguments, ROWS, "python benchmarks/models.py")
     record = json.loads(models_summary.json_text(record))
-    text = tool_named("models_table").section({**record, "gpu": "A GPU", "not_reached": ["one"]})
-    assert "Geometric mean 1.00x, of models with QK-norm 2.00x; the worst is" in text
-    assert "llama3_8b decode 1 at 0.50x" in text
-    assert "Cells without a number: 2." in text
+    section = tool_named("models_table").section
+    text = section({**record, "gpu": "A GPU", "not_reached": ["one"]})
+    sentences = " ".join(text.split())
+    assert "Geometric mean 1.000x, of models with QK-norm 2.000x; the worst is" in sentences
+    assert "llama3_8b decode 1 at 0.500x" in sentences
+    assert "Compiling takes 1.200x as long." in sentences
+    assert "cost nothing" not in sentences
+    assert "Cells without a number: 2." in sentences
+    assert all(len(line) <= 100 for line in text.splitlines() if not line.startswith("|"))
     assert "| `llama3_8b` | 1.00x |  | 0.50x |  | 0.71x | 10 % -> 10 % |" in text
     assert "| all | 1.00x |  | 1.00x |  | 1.00x | 10 % -> 10 % |" in text
+
+
+def test_section_of_the_readme_says_what_norms_cost_where_that_was_measured():
+    record = models.record_of(models.arguments_of([]), ROWS, "python benchmarks/models.py")
+    floor = {
+        "compile_time_ratio": None,
+        "cost_ratio": 0.5,
+        "speedup_if_norms_cost_nothing": 1.25,
+        "speedup_if_norms_cost_nothing_qk_norm": 1.5,
+    }
+    measured = {**record, "gpu": "A GPU", "summary": {**record["summary"], **floor}}
+    text = " ".join(tool_named("models_table").section(measured).split())
+    assert "Norms and RoPE cost 0.500x of what they cost plain `torch.compile`; if" in text
+    assert (
+        "models without experts would be 1.250x as fast, those of them with QK-norm 1.500x" in text
+    )
+    assert "Compiling takes" not in text

@@ -45,8 +45,14 @@ def _introduction(record: dict[str, Any]) -> str:
         f"{facts['triton']}. The best is the fastest\n  of Inductor, its max-autotune, "
         f"`F.rms_norm`, and {rivals or 'no library'};\n  the copy moves the same bytes. "
         f"{num_losses} of the shapes are lost, by more than 2 %, and listed first in\n"
-        f"  [{RECORD.name}]({place}), whose command was\n  `{facts['command']}`."
+        f"  [{RECORD.name}]({place}), whose command was\n  `{facts['command']}`{_others(record)}."
     )
+
+
+def _others(record: dict[str, Any]) -> str:
+    """How many more runs are in the record: on other GPUs, or later."""
+    count = len(record["runs"]) - 1
+    return f"\n  beside {count} like it for the other cells" if count else ""
 
 
 def _rows(means: dict[str, Any]) -> str:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import geometric_mean
+from textwrap import fill
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
@@ -25,6 +27,8 @@ CELLS = {
 }
 HEAD = f"| model | {' | '.join(CELLS.values())} | its Triton kernels | their share |\n"
 RULE = f"|{'---|' * (len(CELLS) + 3)}\n"
+
+UNBROKEN: Any = {"break_long_words": False, "break_on_hyphens": False}
 
 Row = dict[str, Any]
 
@@ -45,22 +49,41 @@ def section(record: dict[str, Any]) -> str:
 
 
 def _introduction(record: dict[str, Any]) -> str:
-    summary = record["summary"]
-    model, cell, worst = summary["worst"]
-    missing = len(record["not_reached"]) + len(summary["failed"])
     place = RECORD.relative_to(ROOT).as_posix()
-    names = ("speedup", "speedup_qk_norm", "compiled_speedup", "compile_time_ratio")
-    overall, qk_norm, kernels, compiling = (_times(summary[name]) for name in names)
-    return (
+    sentences = [
         f"- **Whole models**, bf16, {record['layers']} layers, real widths, CUDA graphs: GPU time "
-        f"of plain `torch.compile`\n  over that of `auto`, on one {record['gpu']}, torch "
-        f"{record['torch']}, triton {record['triton']}, transformers\n  {record['transformers']}. "
-        f"Geometric mean {overall}, of models with QK-norm {qk_norm}; the worst is\n  {model} "
-        f"{CELLS[cell]} at {_times(worst)}. All kernels in Triton, norms and whatever else "
-        f"Inductor generates,\n  are {kernels} as fast; compiling takes {compiling} as long. Cells "
-        f"without a number: {missing}. From\n  [{RECORD.name}]({place}), by\n  "
-        f"`{record['command']}`."
+        f"of plain `torch.compile` over that of `auto`, on one {record['gpu']}, torch "
+        f"{record['torch']}, triton {record['triton']}, transformers {record['transformers']}.",
+        *_findings(record["summary"]),
+        f"Cells without a number: {len(record['not_reached']) + len(record['summary']['failed'])}.",
+        f"From [{RECORD.name}]({place}), by",
+    ]
+    text = fill(" ".join(sentences), 100, subsequent_indent="  ", **UNBROKEN)
+    return f"{text}\n  `{record['command']}`."
+
+
+def _findings(summary: dict[str, Any]) -> Iterator[str]:
+    """A sentence for each number that the run has."""
+    model, cell, worst = summary["worst"]
+    times = {name: f"{value:.3f}x" for name, value in summary.items() if isinstance(value, float)}
+    yield (
+        f"Geometric mean {times['speedup']}, of models with QK-norm {times['speedup_qk_norm']}; "
+        f"the worst is {model} {CELLS[cell]} at {worst:.3f}x."
     )
+    if "compiled_speedup" in times:
+        yield (
+            "All kernels in Triton, norms and whatever else Inductor generates, are "
+            f"{times['compiled_speedup']} as fast."
+        )
+    if "cost_ratio" in times:
+        yield (
+            f"Norms and RoPE cost {times['cost_ratio']} of what they cost plain `torch.compile`; "
+            "if they cost nothing, models without experts would be "
+            f"{times['speedup_if_norms_cost_nothing']} as fast, those of them with QK-norm "
+            f"{times['speedup_if_norms_cost_nothing_qk_norm']}."
+        )
+    if "compile_time_ratio" in times:
+        yield f"Compiling takes {times['compile_time_ratio']} as long."
 
 
 def _of(record: dict[str, Any], model: str) -> list[Row]:
