@@ -82,7 +82,7 @@ def test_the_number_of_programs_grows_with_the_rows_but_not_with_the_gpu(kernels
     graph = lowered(add_norm_backward, *[(8192, 1024)] * 3, (1024,), (8192, 1))
 
     rows, _ = launches(graph)
-    assert rows.kwargs["grid"] == [(660, 1, 1)]
+    assert rows.kwargs["grid"] == [(528, 1, 1)]
 
 
 def test_a_changing_number_of_rows(kernels_on_cpu):
