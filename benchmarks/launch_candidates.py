@@ -74,17 +74,20 @@ def _ordinary(width: int) -> Iterator[Candidate]:
             yield Candidate(1, tile, warps, reads)
 
 
-# Cells in which we lost or stayed below what was asked for, the worst first
-# (benchmarks/results/kernels_h200.json), and as many rows as share their entry of the table.
+# Cells in which we lost, or stayed below what was asked for (benchmarks/results/kernels_h200.json),
+# and as many rows as share their entry of the table.
 WEAK = (
-    *((op, 65536, "bf16", (64, 4096)) for op in ("rms_norm", "add_rms_norm", SANDWICH)),
-    *((op, 4096, "fp32", (64, 4096)) for op in ("rms_norm", "add_rms_norm", SANDWICH)),
-    *((op, 32768, "bf16", (64, 4096)) for op in (SANDWICH, "rms_norm", "add_rms_norm")),
-    *((SANDWICH, width, "bf16", (64, 4096)) for width in (1152, 5120, 7168, 5376)),
-    *((DUAL, width, "bf16", (64, 4096, 16384)) for width in (8192, 2816)),
-    ("rms_norms", 8192, "bf16", (512, 4096)),
-    ("rms_norm", 8192, "bf16", (64, 4096, 16384)),
-    *((op, 769, "bf16", (32, 4096, 65536)) for op in ("rms_norm", "add_rms_norm", SANDWICH)),
+    *((op, 65536, (64, 4096)) for op in ("rms_norm", "add_rms_norm", SANDWICH)),
+    ("rms_norm", 7168, (64, 512, 4096, 16384, 65536)),
+    ("rms_norm", 8192, (64, 512, 4096, 16384, 65536)),
+    ("rms_norm", 1152, (64, 512, 2048, 16384, 65536)),
+    *((op, 16384, (64, 512, 4096)) for op in ("rms_norm", SANDWICH)),
+    *(("modulated_rms_norm", width, (1, 64, 512, 4096, 16384)) for width in (1536, 3584)),
+    ("rms_norms", 8192, (1, 512, 4096, 16384)),
+    *((SANDWICH, width, (64, 512, 4096, 16384)) for width in (1152, 5120, 7168)),
+    ("add_rms_norm", 1024, (8, 512, 2048, 16384)),
+    ("gated_rms_norm", 4096, (1, 64, 4096)),
+    *((op, 769, (32, 4096, 65536)) for op in ("rms_norm", "add_rms_norm", SANDWICH)),
 )
 WEAK_HEADS = (((32, 8), 128), ((32, 16), 128), ((16, 8), 256), ((8, 4), 256), ((8, 4), 512))
 
@@ -92,9 +95,9 @@ WEAK_HEADS = (((32, 8), 128), ((32, 16), 128), ((16, 8), 256), ((8, 4), 256), ((
 def weak(ops: list[str], widths: list[int] | None) -> Plan:
     """Only cells in which something is to be won, with launches that were not tried before too."""
     plan = []
-    for op, width, dtype, some_rows in WEAK:
-        tried = list(dict.fromkeys(_unusual(op, width, dtype)))
-        plan += [(Cell(op, rows, width, dtype=dtype), tried) for rows in some_rows]
+    for op, width, some_rows in WEAK:
+        tried = list(dict.fromkeys(_unusual(op, width)))
+        plan += [(Cell(op, rows, width), tried) for rows in some_rows]
     for (heads, width), rows in product(WEAK_HEADS, (1, 64, 512, 4096, 16384)):
         plan.append((Cell("qk_rms_norm_rope", rows, width, heads), list(_heads(width))))
     return [
@@ -112,7 +115,7 @@ def _heads(width: int) -> Iterator[Candidate]:
             yield Candidate(groups, block, warps, "")
 
 
-def _unusual(op: str, width: int, dtype: str) -> Iterator[Candidate]:
+def _unusual(op: str, width: int) -> Iterator[Candidate]:
     if width > 16384:
         yield from _wide(op, width)
     elif width % 8:  # no vector divides it: every element is a load of its own
@@ -121,7 +124,7 @@ def _unusual(op: str, width: int, dtype: str) -> Iterator[Candidate]:
                 if block >= 32 * warps and rows * 1024 // (32 * warps) <= 64:
                     yield from (Candidate(rows, block, warps, reads) for reads in READS[:2])
     else:
-        yield from _common(op, width, 4 if dtype == "fp32" else 8)
+        yield from _common(op, width)
 
 
 def _wide(op: str, width: int) -> Iterator[Candidate]:
@@ -138,15 +141,14 @@ def _wide(op: str, width: int) -> Iterator[Candidate]:
         yield Candidate(1, block, warps, "")
 
 
-def _common(op: str, width: int, vector: int) -> Iterator[Candidate]:
-    """One or several vectors of a row for each lane."""
+def _common(op: str, width: int) -> Iterator[Candidate]:
+    """Half a vector of a row for each lane, or one, two or four; of 4 to 64 elements in all."""
     block = 1 << (width - 1).bit_length()
-    residual = ("beside held",) if op in WITH_RESIDUAL else ()
-    for warps in (2, 4, 8, 16):
-        if not 8 <= width / (32 * warps) <= 40:
-            continue
-        for tile in sorted({min(block, vector * 32 * warps), min(block, 4 * vector * 32 * warps)}):
-            yield from (Candidate(1, tile, warps, reads) for reads in (*READS[:2], *residual))
+    ways = (*READS, "beside held") if op in WITH_RESIDUAL else READS
+    for warps in (1, 2, 4, 8, 16, 32):
+        if 4 <= width / (32 * warps) <= 64:
+            tiles = {min(block, warps * share) for share in (128, 256, 512, 1024)}
+            yield from (Candidate(1, *one) for one in product(sorted(tiles), (warps,), ways))
 
 
 PRESETS = {"whole": whole, "weak": weak}

@@ -43,7 +43,7 @@ def test_the_weak_preset_tries_what_the_table_does_not_know(candidates):
     assert {(cell.op, cell.width) for cell, _ in plan} >= {
         ("rms_norm", 65536),
         ("rms_norm_add_rms_norm", 5120),
-        ("dual_rms_norm_add", 8192),
+        ("modulated_rms_norm", 3584),
         ("qk_rms_norm_rope", 128),
     }
 
