@@ -15,7 +15,7 @@ from normfuse.settings import NAMES, PREFIX, Settings
 from normfuse.tuning import MARGIN
 
 # The tested range: the lowest version that the tests have run on, and the first that they have not.
-TESTED_TORCH = ((2, 11), (2, 14))
+TESTED_TORCH = ((2, 11), (2, 16))
 
 
 def normfuse(

@@ -189,7 +189,7 @@ def problem(name):
 @pytest.mark.filterwarnings("ignore:normfuse is tested with torch")
 def test_torch_outside_the_tested_range(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.99.0")
-    assert problem("torch") == "2.99.0, tested: >= 2.11 and < 2.14"
+    assert problem("torch") == "2.99.0, tested: >= 2.11 and < 2.16"
 
 
 def test_backend_that_is_not_registered(monkeypatch):

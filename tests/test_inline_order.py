@@ -33,12 +33,19 @@ def final_graph(model, inputs, options):
 
 
 def steps(graph):
-    """Every operation and the shapes of its operands."""
+    """Every operation and the shapes of its operands.
+
+    Products with one are left out: torch 2.15 drops them, but not what an op stands for.
+    """
     return [
         (str(node.target), [shape_of(one) for one in node.all_input_nodes])
         for node in graph.nodes
-        if node.op == "call_function"
+        if node.op == "call_function" and not is_product_with_one(node)
     ]
+
+
+def is_product_with_one(node):
+    return node.target is torch.ops.aten.mul.Tensor and 1.0 in node.args[1:]
 
 
 def shape_of(node):

@@ -138,7 +138,8 @@ def test_accelerates_list_of_backends_is_closed(tmp_path, monkeypatch):
 @pytest.mark.guarantee
 def test_accelerate_prepares_a_compiled_model():
     accelerate = pytest.importorskip("accelerate")
-    model, ids = llama(), torch.tensor([[3, 5, 7]])
+    # Fewer tokens have gradients so near zero that eager's own error is a matter of luck.
+    model, ids = llama(), torch.arange(96).view(2, 48) * 7 % 32
     expected = torch.autograd.grad(model(ids).logits.sum(), model.parameters())
 
     prepared = accelerate.Accelerator(cpu=True).prepare(
