@@ -363,7 +363,7 @@ def test_warns_once_outside_the_tested_range(monkeypatch):
     normfuse.options()  # a second warning would be an error here
 
     assert [str(warning.message) for warning in warned] == [
-        "normfuse is tested with torch >= 2.11 and < 2.14, this is 3.0.1+cpu: "
+        "normfuse is tested with torch >= 2.11 and < 2.16, this is 3.0.1+cpu: "
         "check the report of normfuse.explain(model, ...)"
     ]
 

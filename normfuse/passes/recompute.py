@@ -49,10 +49,7 @@ def _compute(table: Node, place: Node, anew: dict[Node, Node]) -> None:
 
 
 def _steps(table: Node) -> list[Node]:
-    """What Inductor fuses into the table, in order; none if it is made from more bytes than its own
-
-    Then it is smaller to keep than what it is made from.
-    """
+    """What Inductor fuses into the table, in order; none where the table is smaller to keep."""
     steps: dict[Node, None] = {}
     pending = [table]
     while pending and len(steps) <= MAX_STEPS:
