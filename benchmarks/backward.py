@@ -32,6 +32,7 @@ from rich.table import Table
 
 import normfuse
 from normfuse.cli.bench.measuring import copies
+from normfuse.cli.bench.peers import one_line
 from normfuse.cli.bench.record import command_of, environment
 from normfuse.cli.bench.timing import Clock, CudaClock, DryClock, Recording, Rotation, measure
 
@@ -271,7 +272,7 @@ def cell(op: str, width: int, rows: int, model: str | None, clock: Clock) -> dic
             except Exception as error:
                 if name in ("normfuse", "inductor"):
                     raise
-                failures[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+                failures[name] = one_line(error)
         kept["copy"] = best_copy(op, elements, rotation, clock)
         timings = measure(clock, {name: one for name, (one, _) in kept.items()}, rotation)
     times = {name: timing.us for name, timing in timings.items()}
@@ -327,8 +328,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             row = cell(*one, clock)
         except Exception as error:
-            said = f"{type(error).__name__}: {error}"[:500]
-            record["failed"].append({"cell": one, "error": said})
+            record["failed"].append({"cell": one, "error": one_line(error)})
             continue
         row["limit"] = row["bytes"] / ceiling / 1e3
         row["speedup"] = row["inductor"] / row["normfuse"]

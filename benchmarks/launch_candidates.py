@@ -117,7 +117,7 @@ def _heads(width: int) -> Iterator[Candidate]:
 
 def _unusual(op: str, width: int) -> Iterator[Candidate]:
     if width > 16384:
-        yield from _wide(op, width)
+        yield from _wide(op)
     elif width % 8:  # no vector divides it: every element is a load of its own
         for block, warps in product((256, 512, 1024), (1, 2, 4, 8)):
             for rows in (1, 2, 4, 8):  # one load of a weight serves them all
@@ -127,16 +127,12 @@ def _unusual(op: str, width: int) -> Iterator[Candidate]:
         yield from _common(op, width)
 
 
-def _wide(op: str, width: int) -> Iterator[Candidate]:
+def _wide(op: str) -> Iterator[Candidate]:
     """Half of a row in registers, or what does not fit read again with more rows on their way."""
     for block, warps in ((8192, 32), (16384, 32), (8192, 16)):
         yield Candidate(1, block, warps, "half")
-    if width == 32768 or op == "rms_norm":
-        yield from (Candidate(1, block, 32, "held") for block in (8192, 16384, width))
-    if width == 32768:
-        yield Candidate(1, 8192, 32, "ahead held")
-    if op in WITH_RESIDUAL and width == 32768:
-        yield from (Candidate(1, 8192, warps, "beside held") for warps in (16, 32))
+    if op == "rms_norm":  # nothing beside the row has to be held
+        yield from (Candidate(1, block, 32, "held") for block in (8192, 16384, 65536))
     for block, warps in ((8192, 32), (8192, 16), (4096, 16), (4096, 8), (2048, 8)):
         yield Candidate(1, block, warps, "")
 

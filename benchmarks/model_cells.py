@@ -18,6 +18,7 @@ from torch._inductor.utils import fresh_cache
 
 from normfuse.backend import patches
 from normfuse.capturing import fresh
+from normfuse.cli.bench.peers import one_line
 from normfuse.passes import accesses, inductor
 
 CELLS = {
@@ -191,7 +192,7 @@ def _compiled(run: Contender, inputs: Any, rewind: Rewind, seconds: float | None
             logits = logits.float().clone()  # the next replay writes there
             rewind()
     except Exception as error:  # whatever a compiler raises must not end the other cells
-        return {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+        return {"failed": one_line(error)}
     found |= {"logits": logits, "cudagraph_skips": _cudagraph_skips() - skips}
     if is_cuda:
         found["peak_mb"] = (torch.cuda.max_memory_allocated() - before) / 1e6
@@ -286,7 +287,7 @@ def _profile(run: Contender, inputs: Any, rewind: Rewind) -> dict[str, Any]:
             if event.device_type == torch.autograd.DeviceType.CUDA
         ]
     except Exception as error:  # times are worth keeping without it
-        return {"profile_failed": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+        return {"profile_failed": one_line(error)}
     return shares(kernels)
 
 

@@ -24,8 +24,9 @@ plain Inductor's allows is reported, not timed. Then, for each contender:
                  without norms and rotary embeddings (`model_floor.py`): what they cost
     peak_mb      memory beyond weights and inputs while it compiles, records and replays
 
-Each model has a process of its own, so that models compile at the same time; they take turns on the
-GPU, or are dealt out to several. Compile times hold while there are as many cores as processes.
+Each model has a process of its own, or several that share its cells, so that models compile at the
+same time; they take turns on the GPU, or are dealt out to several. Compile times hold while there
+are as many cores as processes.
 What the time limit cuts off is listed; the first cell of every model comes first.
 """
 
@@ -55,6 +56,7 @@ from models_summary import json_text, show, summary
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from normfuse.cli.bench.peers import one_line
 from normfuse.cli.bench.record import environment
 from normfuse.passes import inductor
 from normfuse.tuning.store import replace_file
@@ -119,7 +121,7 @@ def rows_of(
             found = measure(built[model], shapes[cell], plan, cold=cold, reverse=reverse)
             yield {**row, "contenders": found}
         except Exception as error:  # such as a lack of memory; the other cells go on
-            yield {**row, "failed": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+            yield {**row, "failed": one_line(error)}
         forget()
 
 

@@ -1,5 +1,7 @@
 """`python -m normfuse bench` from the command line, without a GPU."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,6 +9,8 @@ from normfuse.__main__ import main
 from normfuse.cli.bench import measuring
 from normfuse.cli.bench import record as records
 from normfuse.cli.bench.cells import grid
+from normfuse.cli.bench.peers import one_line
+from normfuse.cli.bench.precompiling import forget_choices
 from normfuse.cli.bench.summary import summarise
 
 
@@ -160,3 +164,21 @@ class TestCommand:
     def test_what_it_refuses(self, arguments, complaint, capsys):
         assert main(["bench", "--dry-run", *arguments]) == 2
         assert complaint in capsys.readouterr().err
+
+
+def test_a_record_names_no_directory():
+    said = RuntimeError('("/a/b-1/c.py":17:8): a/b is not https://x.org/y/z, as in\n /d/e.py')
+    assert one_line(said) == (
+        'RuntimeError: ("c.py":17:8): a/b is not https://x.org/y/z, as in e.py'
+    )
+    assert one_line(RuntimeError("/a/b " * 200)) == f"RuntimeError: {'b ' * 200}"[:300]
+    command = "python -m normfuse bench --out=/a/b.json --cache /cache --share 1/2"
+    assert records.without_directories(command) == (
+        "python -m normfuse bench --out=b.json --cache cache --share 1/2"
+    )
+
+
+def test_choices_that_another_share_has_forgotten_are_no_error(tmp_path, monkeypatch):
+    gone = tmp_path / "gone.best_config"
+    monkeypatch.setattr(Path, "rglob", lambda folder, pattern: iter([gone]))
+    assert forget_choices(tmp_path) == 1

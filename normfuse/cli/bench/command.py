@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from normfuse.cli.bench.arguments import EXAMPLES, add_arguments
 from normfuse.cli.bench.cells import Cell, grid
-from normfuse.cli.bench.peers import Attendance, attendance
+from normfuse.cli.bench.peers import Attendance, attendance, one_line
 from normfuse.cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -294,7 +294,7 @@ def _measure_cells(under_way: Run, cells: list[Cell], present: Attendance, clock
                 under_way.culprit = f"{cell.op}: {name}"
                 break
             except Exception as error:  # memory, say: the next cell is smaller
-                record["broken"][cell.name] = f"{type(error).__name__}: {error}"[:500]
+                record["broken"][cell.name] = one_line(error)
             under_way.recent.append(time.monotonic() - begin)
             bar.advance(task)
             if len(record["cells"]) % 10 == 0 and under_way.args.out:

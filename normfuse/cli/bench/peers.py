@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from normfuse.cli.bench.record import without_directories
 from normfuse.cli.bench.spellings import EPS, Tensor
 
 
@@ -208,5 +209,5 @@ def attendance() -> Attendance:
 
 
 def one_line(error: BaseException) -> str:
-    """An exception for a record: its kind and the first 300 characters of its text."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+    """An exception for a record: its kind, and 300 characters of its text, without directories."""
+    return without_directories(f"{type(error).__name__}: {' '.join(str(error).split())}")[:300]

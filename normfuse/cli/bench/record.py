@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ import normfuse
 
 Record = dict[str, Any]
 SOURCES = Path(normfuse.__file__).parent
+_PATH = re.compile(r"(?<![\w.:/])/(?:[\w.+-]+/)*([\w.+-]+)")  # not in addresses, nor where relative
 
 
 def environment(command: str) -> Record:
@@ -43,10 +45,9 @@ def command_of(script: str, argv: Sequence[str] | None) -> str:
     return " ".join(["python", script, *(sys.argv[1:] if argv is None else argv)])
 
 
-def without_directories(command: str) -> str:
-    """A command with the names of absolute paths: where a file lay says nothing of its content."""
-    words = command.split(" ")
-    return " ".join(Path(word).name if word.startswith("/") else word for word in words)
+def without_directories(text: str) -> str:
+    """A command or a message with the names of absolute paths: where a file lay says nothing."""
+    return _PATH.sub(r"\1", text)
 
 
 def _version(package: str) -> str | None:
