@@ -9,6 +9,8 @@ and before it, too, so that this is the last that is done to a joint graph.
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
@@ -73,11 +75,12 @@ def _is_tensor(node: Node) -> bool:
 
 
 def _num_bytes(node: Node) -> int:
-    """Of a tensor that would be kept; an input of the graph is there in any case."""
+    """Of a tensor that would be kept, expanded axes once; an input is there in any case."""
     if node.op == "placeholder":
         return 0
     value = node.meta["val"]
-    return int(inductor.hint(value.numel()) * value.dtype.itemsize)
+    axes = zip(map(inductor.hint, value.shape), map(inductor.hint, value.stride()), strict=True)
+    return int(prod(size for size, stride in axes if stride) * value.dtype.itemsize)
 
 
 def _describe(node: Node) -> None:
