@@ -1,4 +1,4 @@
-"""Which cells `launches.py` measures, and which launches it tries in each: two presets."""
+"""Which cells `launches.py` measures, and which launches it tries in each: four presets."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from itertools import product
 from typing import NamedTuple
 
 from normfuse.cli.bench.cells import QK, Cell
+from normfuse.ops.kernels.launches import LAUNCHES
 
 ROWS = (16, 64, 512, 4096, 16384)
 WIDTHS = (1024, 2048, 2816, 4096, 5376, 8192, 16384)
@@ -147,4 +148,50 @@ def _common(op: str, width: int) -> Iterator[Candidate]:
             yield from (Candidate(1, *one) for one in product(sorted(tiles), (warps,), ways))
 
 
-PRESETS = {"whole": whole, "weak": weak}
+# Widths of models between those of `WIDTHS`: Gemma 3 1B, Qwen2 1.5B, Gemma 2 2B, Gemma 3 4B,
+# gpt-oss, Llama 3.2 3B, Gemma 2 9B, Gemma 3 12B, Qwen3 32B, Mixtral 8x22B, DeepSeek V3.
+BETWEEN = (1152, 1536, 2304, 2560, 2880, 3072, 3584, 3840, 5120, 6144, 7168)
+MIDDLE = (256, 512, 1024)  # rows that the GPU may hold all at once, or not
+
+
+def between(ops: list[str], widths: list[int] | None) -> Plan:
+    """The most usual ops at the other widths of models, with the launches that won elsewhere."""
+    most_usual = [op for op in ("rms_norm", "add_rms_norm", SANDWICH) if op in ops]
+    return [
+        (Cell(op, rows, width), list(_likely(op, rows, width)))
+        for op, width, rows in product(most_usual, widths or BETWEEN, (64, 512, 4096, 16384))
+    ]
+
+
+def _likely(op: str, rows: int, width: int) -> Iterator[Candidate]:
+    """8 to 48 elements of a row for each lane, and half a vector of a tile, a whole one or two."""
+    block = 1 << (width - 1).bit_length()
+    for warps in (1, 2, 4, 8, 16, 32):
+        if 8 <= width / (32 * warps) <= 48:
+            tiles = {min(block, warps * share) for share in (128, 256, 512)}
+            yield from (
+                Candidate(1, *one) for one in product(sorted(tiles), (warps,), ways(op, rows))
+            )
+
+
+def reads(ops: list[str], widths: list[int] | None) -> Plan:
+    """A middling number of rows, read in every way, in the order of summing that the table has."""
+    return [
+        (Cell(op, rows, entry.widest), [Candidate(*entry[2:5], way) for way in ways(op, rows)])
+        for op in ops
+        for entry in LAUNCHES.get(op, ())
+        for rows in MIDDLE
+        if 1024 <= entry.widest <= 16384 and entry.widest in (widths or [entry.widest])
+    ]
+
+
+def ways(op: str, rows: int) -> tuple[str, ...]:
+    """How rows may be read, but for what never won with so many of them."""
+    if rows <= 128:
+        return READS[1:]
+    if rows <= 2048:
+        return READS
+    return (*READS[:2], "beside held") if op in WITH_RESIDUAL else READS[:2]
+
+
+PRESETS = {"whole": whole, "weak": weak, "between": between, "reads": reads}

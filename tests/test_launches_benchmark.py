@@ -23,7 +23,7 @@ def launches(candidates):
     return import_module("launches")
 
 
-@pytest.mark.parametrize("preset", ["weak", "whole"])
+@pytest.mark.parametrize("preset", ["weak", "whole", "between", "reads"])
 def test_every_candidate_can_be_launched(candidates, preset):
     for cell, tried in candidates.PRESETS[preset](list(candidates.OPS), None):
         assert len(set(tried)) == len(tried) > 0
