@@ -278,9 +278,14 @@ def residual_sum(
 @triton.jit
 def row_start(row, size_middle, size_inner, stride_outer, stride_middle, stride_inner):
     """Where each row begins, its number being split as `rows.RowStrides` says."""
-    outer = row // size_inner // size_middle
-    middle = row // size_inner % size_middle
-    inner = row % size_inner
+    if len(row.shape) == 2:
+        if row.shape[0] == 1:
+            # A program has one row where it is wide: memory holds fewer than 2^31 of them, and
+            # dividing 64 bits takes a hundred instructions.
+            row = row.to(tl.int32)
+    outer = (row // size_inner // size_middle).to(tl.int64)
+    middle = (row // size_inner % size_middle).to(tl.int64)
+    inner = (row % size_inner).to(tl.int64)
     return outer * stride_outer + middle * stride_middle + inner * stride_inner
 
 
