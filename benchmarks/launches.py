@@ -82,7 +82,7 @@ def launched(
         tile = HeadsLaunch(candidate.block, candidate.num_warps, candidate.rows, programs=0)
         choice = mock.patch.object(HeadsLaunch, "for_slots", return_value=tile)
     elif candidate is not None:
-        launch = Launch(*candidate, candidate.reads)
+        launch = Launch(*candidate, candidate.reads, candidate.reads)
         choice = mock.patch.object(Launch, "for_shape", return_value=launch)
 
     def call(*operands: torch.Tensor) -> Sequence[torch.Tensor]:

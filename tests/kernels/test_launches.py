@@ -61,10 +61,21 @@ def test_the_rule_asks_for_weights_ahead_where_rows_are_few_and_registers_many()
 def test_the_order_of_a_sum_does_not_depend_on_the_number_of_rows(op, width):
     launch = tile.Launch.for_shape(width, BF16, F32, op=op)
 
-    few, many = launch.constants(width, 1), launch.constants(width, 1_000_000)
+    few, *more = (launch.constants(width, rows) for rows in (1, 512, 2047, 1_000_000))
 
-    assert {**few, "READS": None} == {**many, "READS": None}
-    assert ("held" in few["READS"]) == ("held" in many["READS"])
+    for other in more:
+        assert {**few, "READS": None} == {**other, "READS": None}
+        assert ("held" in few["READS"]) == ("held" in other["READS"])
+
+
+def test_rows_are_read_by_how_many_there_are():
+    launch = tile.Launch(1, 1024, 4, few="few streamed", middle="middle", many="many")
+
+    def reads(rows):
+        return launch.constants(1024, rows)["READS"].split()[0]
+
+    by_rows = {rows: reads(rows) for rows in (1, 511, 512, 2047, 2048)}
+    assert list(by_rows.values()) == ["few", "few", "middle", "middle", "many"]
 
 
 @pytest.mark.parametrize("width", [64, 769, 2816])

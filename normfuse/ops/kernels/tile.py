@@ -10,7 +10,14 @@ import torch
 import triton
 
 from normfuse.ops.kernels.constants import target
-from normfuse.ops.kernels.launches import LAUNCHES, MANY_ROWS, ODD_LAUNCHES, ROWS_HELD, Entry
+from normfuse.ops.kernels.launches import (
+    LAUNCHES,
+    MANY_ROWS,
+    MIDDLE_ROWS,
+    ODD_LAUNCHES,
+    ROWS_HELD,
+    Entry,
+)
 from normfuse.ops.kernels.rows import known
 
 # Lanes of a warp: 64 on the CDNA chips of AMD that we compile for.
@@ -34,7 +41,8 @@ class Launch:
         rows: rows of a program.
         block: columns of a tile, a power of two.
         num_warps: warps of a program.
-        few: how rows are read if there are fewer than `MANY_ROWS`.
+        few: how rows are read if there are fewer than `MIDDLE_ROWS`.
+        middle: how they are read if there are fewer than `MANY_ROWS`.
         many: how they are read otherwise.
     """
 
@@ -42,6 +50,7 @@ class Launch:
     block: int
     num_warps: int
     few: str = "held"
+    middle: str = "held"
     many: str = "held"
 
     @classmethod
@@ -70,7 +79,7 @@ class Launch:
         """What an entry of the table says, for rows that may be narrower than those measured."""
         block = min(entry.block, triton.next_power_of_2(cols))
         warps = max(1, entry.num_warps * 32 // warp_size)
-        return cls(entry.rows, block, warps, entry.few, entry.many)
+        return cls(entry.rows, block, warps, entry.few, entry.middle, entry.many)
 
     @classmethod
     def by_rule(
@@ -100,14 +109,17 @@ class Launch:
         block = min(width, max(side_by_side * threads, warp_size) // rows)
         has_room = rows == 1 and threads <= MAX_THREADS // 2
         few = f"ahead {reads}" if reads and has_room else reads
-        return cls(rows, block, threads // warp_size, few, reads)
+        return cls(rows, block, threads // warp_size, few, few, reads)
 
     def constants(self, cols: int, num_rows: Any) -> dict[str, Any]:
         """The kernel's constants for `num_rows` rows of `cols` elements; rows may be symbolic."""
-        reads = self.few
         if known(num_rows >= MANY_ROWS):
             reads = self.many
-        elif not known(num_rows < MANY_ROWS):
+        elif known(num_rows >= MIDDLE_ROWS) and known(num_rows < MANY_ROWS):
+            reads = self.middle
+        elif known(num_rows < MIDDLE_ROWS):
+            reads = self.few
+        else:
             reads = " ".join(word for word in self.few.split() if word != "streamed")
         return {"N": cols, "ROWS": self.rows, "BLOCK": self.block, "READS": f"{reads} {target()}"}
 
