@@ -46,6 +46,7 @@ from normfuse.ops.kernels.row import (
     row_index,
     row_start,
     squares,
+    step,
     store_inverse_root,
     widened,
     zero_sums,
@@ -79,12 +80,13 @@ def _value(
     READS: tl.constexpr,
     GATE_FIRST: tl.constexpr,
     GATING: tl.constexpr,
+    PLAN: tl.constexpr,
 ):
     """What is normalised."""
     value = tile_at(xs, x_ptr, is_row, index, N, BLOCK, READS, "held")
     if GATE_FIRST:
         gate = tile_at(gates, gate_ptr, is_row, index, N, BLOCK, READS, "held")
-        value = gated(value, gate, GATING)
+        value = gated(value, gate, GATING, step(PLAN, "on"))
     return value
 
 
@@ -111,7 +113,7 @@ def _store_result(
     y = normalised(value, root, weight, OFFSET, PLAN, False)
     if not GATE_FIRST:
         gate = tile_at(gates, gate_ptr, is_row, index, N, BLOCK, READS, "ahead")
-        y = gated(y, gate, GATING)
+        y = gated(y, gate, GATING, step(PLAN, "on"))
     store_tile(y_ptr, y, is_row, index, N, BLOCK, READS)
 
 
@@ -170,14 +172,14 @@ def gated_rms_norm_kernel(
     if says(READS, "held"):
         for index in tl.static_range(num_tiles(N, BLOCK)):
             value = _value(
-                xs, gates, x_ptr, gate_ptr, is_row, index, N, BLOCK, READS, GATE_FIRST, GATING
+                xs, gates, x_ptr, gate_ptr, is_row, index, N, BLOCK, READS, GATE_FIRST, GATING, PLAN
             )
             values = values + (narrowed(value, VALUE),)
             sums += squares(value, PLAN)
     else:  # a loop at run time: unrolled, so many tiles would run out of registers
         for index in range(num_tiles(N, BLOCK)):
             value = _value(
-                xs, gates, x_ptr, gate_ptr, is_row, index, N, BLOCK, READS, GATE_FIRST, GATING
+                xs, gates, x_ptr, gate_ptr, is_row, index, N, BLOCK, READS, GATE_FIRST, GATING, PLAN
             )
             sums += squares(value, PLAN)
     root = root_of(sums, None, N, EPS, PLAN)
@@ -191,7 +193,7 @@ def gated_rms_norm_kernel(
     else:
         for index in range(num_tiles(N, BLOCK)):
             value = _value(
-                xs, gates, x_ptr, gate_ptr, is_row, index, N, BLOCK, READS, GATE_FIRST, GATING
+                xs, gates, x_ptr, gate_ptr, is_row, index, N, BLOCK, READS, GATE_FIRST, GATING, PLAN
             )
             _store_result(
                 value, root, gates, weights, gate_ptr, weight_ptr, y_ptr,

@@ -32,6 +32,7 @@ from normfuse.ops.kernels.row import (
     row_index,
     row_start,
     squares,
+    step,
     store_inverse_root,
     zero_sums,
 )
@@ -127,7 +128,7 @@ def modulated_rms_norm_kernel(
         y = normalised(x, root, weight, OFFSET, PLAN, False)
         scale = tile_at(scales, scale_ptr, is_row, index, N, BLOCK, READS, "ahead")
         shift = tile_at(shifts, shift_ptr, is_row, index, N, BLOCK, READS, "ahead")
-        y = modulated(y, scale, shift, SCALE_OFFSET, MODULATION)
+        y = modulated(y, scale, shift, SCALE_OFFSET, MODULATION, step(PLAN, "on"))
         store_tile(y_ptr, y, is_row, index, N, BLOCK, READS)
     store_inverse_root(rstd_ptr, root, row, num_rows, PLAN)
 

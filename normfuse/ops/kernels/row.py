@@ -290,8 +290,8 @@ def row_start(row, size_middle, size_inner, stride_outer, stride_middle, stride_
 
 
 @triton.jit
-def gated(value, gate, GATING: tl.constexpr):
-    """A tile of value * act(gate), with the roundings of one gate."""
+def gated(value, gate, GATING: tl.constexpr, ON: tl.constexpr):
+    """A tile of value * act(gate), with the roundings of one gate; ON as in `multiplied`."""
     TYPE: tl.constexpr = step(GATING, "gate")
     ACTIVATION: tl.constexpr = step(GATING, "activation")
     PRODUCT: tl.constexpr = step(GATING, "product")
@@ -306,13 +306,16 @@ def gated(value, gate, GATING: tl.constexpr):
         if ACTIVATION == "x_sigmoid":
             factor = gate * rounded(factor, TYPE)
     factor = rounded(rounded(factor, TYPE), step(GATING, "factor"))  # eager's activation
-    product = rounded(rounded(value, PRODUCT) * rounded(factor, PRODUCT), PRODUCT)
+    value, factor = rounded(value, PRODUCT), rounded(factor, PRODUCT)
+    product = multiplied(value, factor, PRODUCT, False, ON)
     return rounded(product, step(GATING, "out"))  # eager's cast of the result
 
 
 @triton.jit
-def modulated(value, scale, shift, SCALE_OFFSET: tl.constexpr, MODULATION: tl.constexpr):
-    """A tile of value * (scale + offset) + shift; shift may be None."""
+def modulated(
+    value, scale, shift, SCALE_OFFSET: tl.constexpr, MODULATION: tl.constexpr, ON: tl.constexpr
+):
+    """A tile of value * (scale + offset) + shift; shift may be None, ON as in `multiplied`."""
     FACTOR: tl.constexpr = step(MODULATION, "factor")
     PRODUCT: tl.constexpr = step(MODULATION, "product")
     SUM: tl.constexpr = step(MODULATION, "sum")
@@ -320,7 +323,7 @@ def modulated(value, scale, shift, SCALE_OFFSET: tl.constexpr, MODULATION: tl.co
     if SCALE_OFFSET != 0.0:
         factor = rounded(factor + SCALE_OFFSET, FACTOR)  # eager's `1 + scale`
     value, factor = rounded(value, PRODUCT), rounded(factor, PRODUCT)
-    value = multiplied(value, factor, PRODUCT, shift is not None, "none")  # eager's product
+    value = multiplied(value, factor, PRODUCT, shift is not None, ON)  # eager's product
     if shift is not None:
-        value = rounded(rounded(value, SUM) + rounded(shift, SUM), SUM)  # eager's add
+        value = added(rounded(value, SUM), rounded(shift, SUM), 1, SUM, ON)  # eager's add
     return rounded(value, step(MODULATION, "out"))  # eager's cast of the result
