@@ -132,11 +132,11 @@ def _rms_norm_add_rms_norm_backward(dtype, plan):
 
 
 def _qk_rms_norm_rope_backward(dtype, plan):
-    heads, weights, _, offsets, plans = _qk_rms_norm(dtype, plan)
+    heads, weights, *numbers = _qk_rms_norm(dtype, plan)
     grads = [torch.randn_like(x) for x in heads]
     stds = [rstd(*x.shape[:-1]) for x in heads]
     tables = (table(dtype), table(dtype))
-    return heads, grads, weights, stds, *tables, offsets, plans, turns(dtype), [True] * 4
+    return heads, grads, weights, stds, *tables, *numbers, turns(dtype), [True] * 4
 
 
 def _rms_norms_backward(dtype, plan):

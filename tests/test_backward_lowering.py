@@ -164,7 +164,7 @@ def test_queries_and_keys_are_one_pass(kernels_on_cpu):
         rotation = "half 64 in=bf16 out=bf16"
         return QK_RMS_NORM_ROPE_BACKWARD(
             [q, k], [q, k], [weight, weight], [rstd_q, rstd_k], cos, sin,
-            [0.0] * 2, [LLAMA] * 2, [rotation] * 2, [True] * 4,
+            [1e-6] * 2, [0.0] * 2, [LLAMA] * 2, [rotation] * 2, [True] * 4,
         )  # fmt: skip
 
     graph = lowered(

@@ -15,6 +15,8 @@ import torch
 from normfuse.ops.one_launch import obstacle_to_one_launch
 from normfuse.ops.qk_rms_norm_rope_backward import (
     QK_RMS_NORM_ROPE_BACKWARD,
+    inverse_roots,
+    kept_rstds,
 )
 from normfuse.ops.registration import needs_plain_torch, register
 from normfuse.ops.rms_norm import (
@@ -92,16 +94,15 @@ def _cuda(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Sequence[torch.Tensor]) -> None:
-    xs, weights, _, offsets, plans = inputs
-    ctx.save_for_backward(*xs, *weights, *output[len(xs) :])
-    ctx.offsets, ctx.plans = offsets, plans
+    xs, weights, eps, offsets, plans = inputs
+    ctx.save_for_backward(*xs, *weights, *kept_rstds(xs, output[len(xs) :], plans))
+    ctx.eps, ctx.offsets, ctx.plans = eps, offsets, plans
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grads: Gradients) -> Any:
     num = len(ctx.plans)
-    xs, weights, rstds = split_saved(ctx.saved_tensors, num)
-    norms = (xs, weights, rstds, ctx.offsets, ctx.plans)
+    norms = (*split_saved(ctx.saved_tensors, ctx.plans), ctx.eps, ctx.offsets, ctx.plans)
     if needs_plain_torch() or any(grad is not None for grad in grads[num:]):
         return *norms_backward(grads[:num], grads[num:], *norms), None, None, None
     mask = ctx.needs_input_grad[:2]
@@ -113,6 +114,7 @@ def norms_gradients(
     xs: Sequence[torch.Tensor],
     weights: Sequence[torch.Tensor],
     rstds: Sequence[torch.Tensor],
+    eps: Sequence[float],
     offsets: Sequence[float],
     plans: Sequence[str],
     cos: torch.Tensor | None,
@@ -134,9 +136,10 @@ def norms_gradients(
             [xs[i] for i in live],
             [grads[i] for i in live],
             [weights[i] for i in live_weights],
-            [rstds[i] for i in live],
+            [rstds[i] for i in live] if rstds else [],
             cos,
             sin,
+            [eps[i] for i in live],
             [offsets[i] for i in live],
             [plans[i] for i in live],
             [rotations[i] for i in live],
@@ -150,9 +153,11 @@ def norms_gradients(
     return grad_xs, grad_weights
 
 
-def split_saved(saved: Sequence[Any], num: int) -> tuple[Any, Any, Any]:
-    """What a context saved: n tensors, their weights, n rstd."""
-    return saved[:num], saved[num:-num], saved[-num:]
+def split_saved(saved: Sequence[Any], plans: Sequence[str]) -> tuple[Any, Any, Any]:
+    """What a context saved: n tensors, their weights, n rstd or none."""
+    num = len(plans)
+    end = num + sum(RoundingPlan.parse(plan).weight is not None for plan in plans)
+    return saved[:num], saved[num:end], saved[end:]
 
 
 def norms_backward(
@@ -161,11 +166,13 @@ def norms_backward(
     xs: Sequence[torch.Tensor],
     weights: Sequence[torch.Tensor],
     rstds: Sequence[torch.Tensor],
+    eps: Sequence[float],
     offsets: Sequence[float],
     plans: Sequence[str],
 ) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
     """The gradients of every x, and of the weights that there are."""
     grad_xs, grad_weights = [], []
+    rstds = inverse_roots(xs, rstds, eps, plans)
     for grad_y, grad_rstd, x, weight, rstd, offset in zip(
         grad_ys, grad_rstds, xs, weight_of_each(weights, plans), rstds, offsets, strict=True
     ):

@@ -22,6 +22,7 @@ from normfuse.ops.qk_rms_norm import (
     qk_rms_norm_reference,
     split_saved,
 )
+from normfuse.ops.qk_rms_norm_rope_backward import inverse_roots, kept_rstds
 from normfuse.ops.registration import needs_plain_torch, register
 from normfuse.ops.rms_norm import rms_norm_reference
 from normfuse.ops.rms_norms import weight_of_each
@@ -102,7 +103,7 @@ def _cuda(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Sequence[torch.Tensor]) -> None:
     xs, weights, cos, sin, eps, offsets, plans, rotations = inputs
-    ctx.save_for_backward(cos, sin, *xs, *weights, *output[len(xs) :])
+    ctx.save_for_backward(cos, sin, *xs, *weights, *kept_rstds(xs, output[len(xs) :], plans))
     ctx.eps, ctx.offsets, ctx.plans, ctx.rotations = eps, offsets, plans, rotations
     ctx.set_materialize_grads(False)
 
@@ -113,7 +114,7 @@ def _backward(ctx: Any, grads: Gradients) -> Any:
     if needs_plain_torch() or tables_learn or any(grad is not None for grad in grads[num:]):
         return _plain_gradients(ctx, grads)
     cos, sin, *saved = ctx.saved_tensors
-    norms = (*split_saved(saved, num), ctx.offsets, ctx.plans)
+    norms = (*split_saved(saved, ctx.plans), ctx.eps, ctx.offsets, ctx.plans)
     wanted = ctx.needs_input_grad[:2]
     gradients = norms_gradients(grads[:num], *norms, cos, sin, ctx.rotations, wanted)
     return *gradients, *(None,) * 6
@@ -122,7 +123,8 @@ def _backward(ctx: Any, grads: Gradients) -> Any:
 def _plain_gradients(ctx: Any, grads: Gradients) -> Any:
     num = len(ctx.plans)
     cos, sin, *saved = ctx.saved_tensors
-    xs, weights, rstds = split_saved(saved, num)
+    xs, weights, kept = split_saved(saved, ctx.plans)
+    rstds = inverse_roots(xs, kept, ctx.eps, ctx.plans)
     grad_ys: list[torch.Tensor | None] = []
     grad_tables = [torch.zeros_like(cos), torch.zeros_like(sin)]
     norms = zip(
@@ -140,7 +142,7 @@ def _plain_gradients(ctx: Any, grads: Gradients) -> Any:
             found = table_gradients(wide, y, cos, sin, rotation)
             grad_tables = [a + b for a, b in zip(grad_tables, found, strict=True)]
     grad_xs, grad_weights = norms_backward(
-        grad_ys, grads[num:], xs, weights, rstds, ctx.offsets, ctx.plans
+        grad_ys, grads[num:], xs, weights, rstds, ctx.eps, ctx.offsets, ctx.plans
     )
     return grad_xs, grad_weights, *grad_tables, None, None, None, None
 

@@ -2,6 +2,7 @@
 
 Each gradient turns back by the negative angle, and then goes through its norm as in
 `rms_norm_backward`. A rotation "none" leaves it as it is, so that the op serves `qk_rms_norm`, too.
+Where heads are short, a kernel holds them whole and takes their rstd anew: none is kept for it.
 """
 
 from __future__ import annotations
@@ -22,13 +23,15 @@ from normfuse.ops.rms_norm_backward import (
 )
 from normfuse.ops.rms_norms import weight_of_each
 from normfuse.ops.rotation import Rotation, rotated_backward
-from normfuse.ops.rounding import RoundingPlan
+from normfuse.ops.rounding import L2, RoundingPlan
 
 SCHEMA = (
     "qk_rms_norm_rope_backward(Tensor[] xs, Tensor[] grads, Tensor[] weights, Tensor[] rstds,"
-    " Tensor? cos, Tensor? sin, float[] offsets, str[] plans, str[] rotations, bool[] output_mask)"
-    " -> Tensor[]"
+    " Tensor? cos, Tensor? sin, float[] eps, float[] offsets, str[] plans, str[] rotations,"
+    " bool[] output_mask) -> Tensor[]"
 )
+
+WIDEST_HELD = 1024  # columns of a row that a program of the kernel holds
 
 
 def qk_rms_norm_rope_backward_reference(
@@ -38,6 +41,7 @@ def qk_rms_norm_rope_backward_reference(
     rstds: Sequence[torch.Tensor],
     cos: torch.Tensor | None,
     sin: torch.Tensor | None,
+    eps: Sequence[float],
     offsets: Sequence[float],
     plans: Sequence[str],
     rotations: Sequence[str],
@@ -45,14 +49,14 @@ def qk_rms_norm_rope_backward_reference(
 ) -> list[torch.Tensor]:
     """The meaning: n tensors (..., N_i) and gradients like them -> the gradients in the mask.
 
-    The mask has an entry for every x, then one for every weight; what is not in it is left out of
-    the result.
+    `rstds` are the n of the forward, or none: then they are computed anew. The mask has an entry
+    for every x, then one for every weight; what is not in it is left out of the result.
     """
     wants_x, wants_weight = split_mask(output_mask, plans)
     grad_xs, grad_weights = [], []
     for x, grad, weight, rstd, offset, plan, rotation, *mask in zip(
-        xs, grads, weight_of_each(weights, plans), rstds, offsets, plans, rotations,
-        wants_x, wants_weight, strict=True,
+        xs, grads, weight_of_each(weights, plans), inverse_roots(xs, rstds, eps, plans),
+        offsets, plans, rotations, wants_x, wants_weight, strict=True,
     ):  # fmt: skip
         turn = Rotation.parse(rotation)
         if turn is not None:
@@ -66,6 +70,39 @@ def qk_rms_norm_rope_backward_reference(
         grad_xs.append(None if grad_x is None else laid_out(grad_x, x, x.dtype))
         grad_weights.append(grad_weight)
     return present(grad_xs, grad_weights)
+
+
+def kept_rstds(
+    xs: Sequence[torch.Tensor], rstds: Sequence[torch.Tensor], plans: Sequence[str]
+) -> list[torch.Tensor]:
+    """What a forward keeps for the gradients: the n rstds, or none if they are computed anew.
+
+    A statistic of 16 bits is kept: computed anew it would not have the rounding of the forward.
+    """
+    widths = [x.shape[-1] for x in xs]
+    is_held = all(isinstance(width, int) and width <= WIDEST_HELD for width in widths)
+    is_wide = all(RoundingPlan.parse(plan).compute.itemsize >= 4 for plan in plans)
+    return [] if is_held and is_wide else list(rstds)
+
+
+def inverse_roots(
+    xs: Sequence[torch.Tensor],
+    rstds: Sequence[torch.Tensor],
+    eps: Sequence[float],
+    plans: Sequence[str],
+) -> list[torch.Tensor]:
+    """The rstd (..., 1) of every x: those that were kept, or computed anew if none were."""
+    if rstds:
+        return list(rstds)
+    parsed = [RoundingPlan.parse(plan) for plan in plans]
+    return [_inverse_root(*norm) for norm in zip(xs, eps, parsed, strict=True)]
+
+
+def _inverse_root(x: torch.Tensor, eps: float, plan: RoundingPlan) -> torch.Tensor:
+    wide = accumulation_dtype(torch.promote_types(x.dtype, plan.compute))
+    squares = x.to(wide).square()
+    total = squares.sum(-1, keepdim=True)
+    return torch.rsqrt((total if plan.mean == L2 else total / x.shape[-1]) + eps)
 
 
 def split_mask(output_mask: Sequence[bool], plans: Sequence[str]) -> tuple[list[bool], list[bool]]:
@@ -107,12 +144,14 @@ def _cuda(*arguments: Any) -> Any:
 
 def for_launch(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """The op's arguments as the kernel's launcher takes them: one entry for each x everywhere."""
-    xs, grads, weights, rstds, cos, sin, offsets, plans, rotations, output_mask = arguments
+    xs, grads, weights, rstds, cos, sin, eps, offsets, plans, rotations, output_mask = arguments
     wants_x, wants_weight = split_mask(output_mask, plans)
     each = weight_of_each(weights, plans)
     steps = [RoundingPlan.parse(plan) for plan in plans]
     turns = [Rotation.parse(rotation) for rotation in rotations]
-    return xs, grads, each, rstds, cos, sin, offsets, steps, turns, wants_x, wants_weight
+    kept = list(rstds) or [None] * len(xs)
+    norms = eps, offsets, steps, turns
+    return xs, grads, each, kept, cos, sin, *norms, wants_x, wants_weight
 
 
 QK_RMS_NORM_ROPE_BACKWARD = register_gradient(

@@ -116,14 +116,13 @@ def compile_heads(width: int, layout: str, target: str) -> Any:
     gpu, recorder = TARGETS[target], _Recorder()
     dtype = torch.bfloat16
     heads = torch.empty(2, 512, 8, width, dtype=dtype, device="meta").transpose(1, 2)
-    rstd = torch.empty(2, 8, 512, 1, device="meta")
     weight = torch.empty(width, dtype=dtype, device="meta")
     table = torch.empty(2, 1, 512, width, dtype=dtype, device="meta")
     plans = [RoundingPlan.once(dtype, dtype)] * 2 + [RoundingPlan.once(dtype, None)]
     turns = [Rotation(layout, width, dtype, dtype)] * 2 + [None]
     qk_rms_norm_rope_backward.launch(
-        [heads] * 3, [heads] * 3, [weight, weight, None], [rstd] * 3, table, table,
-        [1.0] * 3, plans, turns, [True] * 3, [True, True, False], wrap=recorder,
+        [heads] * 3, [heads] * 3, [weight, weight, None], [None] * 3, table, table,
+        [1e-6] * 3, [1.0] * 3, plans, turns, [True] * 3, [True, True, False], wrap=recorder,
     )  # fmt: skip
     source, num_warps = recorder.launches["qk_rms_norm_rope_backward_kernel"]
     num_warps = num_warps * 32 // gpu.warp_size

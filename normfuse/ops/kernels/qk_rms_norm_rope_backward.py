@@ -11,7 +11,8 @@ and then, with unit = x * rstd and h = g * (weight + offset):
     grad_weight = sum over rows of g * unit
 
 Columns are held as parts: the a and the b of the pairs that turn, and the others. The sums of a
-weight's gradient keep the shape of a tile until the last of a program's rows is read.
+weight's gradient keep the shape of a tile until the last of a program's rows is read. Where no rstd
+was kept, it is computed anew from the row, which is held anyway.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def _rows(
     stride_table_outer, stride_table_middle, stride_table_inner,
     N: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, COLS: tl.constexpr,
     START: tl.constexpr, PAIRS: tl.constexpr, OTHERS: tl.constexpr, TURN: tl.constexpr,
-    SHARE: tl.constexpr, OFFSET: tl.constexpr, WIDE: tl.constexpr,
+    SHARE: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Every num_programs-th tile of one tensor's rows."""
     NUM_PARTS: tl.constexpr = (2 if DIM > 0 else 0) + (1 if DIM < N else 0)
@@ -105,11 +106,23 @@ def _rows(
         grad_row = grad_ptr + row_start(
             row, size_middle, size_inner, stride_grad_outer, stride_grad_middle, stride_grad_inner
         )
-        rstd_row = rstd_ptr + row_start(
-            row, size_middle, size_inner, stride_rstd_outer, stride_rstd_middle, stride_rstd_inner
-        )
         grad_x_row = None if grad_x_ptr is None else grad_x_ptr + row * N
-        rstd = tl.load(rstd_row, mask=is_row, other=0.0).to(wide_type(WIDE))
+        xs = ()
+        squares = zeros(ROWS, 1, WIDE)
+        for part in tl.static_range(NUM_PARTS):
+            x = load_wide(x_row, parts[part], is_row & inside[part], WIDE)
+            xs += (x,)
+            if rstd_ptr is None:
+                squares += tl.sum(x * x, axis=1, keep_dims=True)
+        if rstd_ptr is None:
+            # Rows that are not there add nothing to the sums, whatever eps is.
+            rstd = tl.where(is_row, 1.0 / tl.sqrt(squares * SHARE + EPS), 0.0)
+        else:
+            rstd_row = rstd_ptr + row_start(
+                row, size_middle, size_inner,
+                stride_rstd_outer, stride_rstd_middle, stride_rstd_inner,
+            )  # fmt: skip
+            rstd = tl.load(rstd_row, mask=is_row, other=0.0).to(wide_type(WIDE))
         grads = ()
         for part in tl.static_range(NUM_PARTS):
             grads += (load_wide(grad_row, parts[part], is_row & inside[part], WIDE),)
@@ -126,7 +139,7 @@ def _rows(
         units = ()
         mean = zeros(ROWS, 1, WIDE)
         for part in tl.static_range(NUM_PARTS):
-            unit = load_wide(x_row, parts[part], is_row & inside[part], WIDE) * rstd
+            unit = xs[part] * rstd
             units += (unit,)
             product = weighted(grads[part], weights[part], OFFSET, WIDE) * unit
             mean += tl.sum(product, axis=1, keep_dims=True)
@@ -162,13 +175,13 @@ def qk_rms_norm_rope_backward_kernel(
     COLS: tl.constexpr,
     N_1: tl.constexpr, ROWS_1: tl.constexpr, DIM_1: tl.constexpr, START_1: tl.constexpr,
     PAIRS_1: tl.constexpr, OTHERS_1: tl.constexpr, TURN_1: tl.constexpr,
-    SHARE_1: tl.constexpr, OFFSET_1: tl.constexpr, WIDE_1: tl.constexpr,
+    SHARE_1: tl.constexpr, EPS_1: tl.constexpr, OFFSET_1: tl.constexpr, WIDE_1: tl.constexpr,
     N_2: tl.constexpr, ROWS_2: tl.constexpr, DIM_2: tl.constexpr, START_2: tl.constexpr,
     PAIRS_2: tl.constexpr, OTHERS_2: tl.constexpr, TURN_2: tl.constexpr,
-    SHARE_2: tl.constexpr, OFFSET_2: tl.constexpr, WIDE_2: tl.constexpr,
+    SHARE_2: tl.constexpr, EPS_2: tl.constexpr, OFFSET_2: tl.constexpr, WIDE_2: tl.constexpr,
     N_3: tl.constexpr, ROWS_3: tl.constexpr, DIM_3: tl.constexpr, START_3: tl.constexpr,
     PAIRS_3: tl.constexpr, OTHERS_3: tl.constexpr, TURN_3: tl.constexpr,
-    SHARE_3: tl.constexpr, OFFSET_3: tl.constexpr, WIDE_3: tl.constexpr,
+    SHARE_3: tl.constexpr, EPS_3: tl.constexpr, OFFSET_3: tl.constexpr, WIDE_3: tl.constexpr,
 ):  # fmt: skip
     """The first programs take the rows of the first tensor, the next those of the second."""
     program = tl.program_id(0)
@@ -180,7 +193,8 @@ def qk_rms_norm_rope_backward_kernel(
             x_outer_1, x_middle_1, x_inner_1, grad_outer_1, grad_middle_1, grad_inner_1,
             rstd_outer_1, rstd_middle_1, rstd_inner_1,
             table_outer_1, table_middle_1, table_inner_1,
-            N_1, ROWS_1, DIM_1, COLS, START_1, PAIRS_1, OTHERS_1, TURN_1, SHARE_1, OFFSET_1, WIDE_1,
+            N_1, ROWS_1, DIM_1, COLS, START_1, PAIRS_1, OTHERS_1, TURN_1,
+            SHARE_1, EPS_1, OFFSET_1, WIDE_1,
         )  # fmt: skip
     end_2 = num_programs_1 + num_programs_2
     if N_2 > 0:
@@ -193,7 +207,7 @@ def qk_rms_norm_rope_backward_kernel(
                 rstd_outer_2, rstd_middle_2, rstd_inner_2,
                 table_outer_2, table_middle_2, table_inner_2,
                 N_2, ROWS_2, DIM_2, COLS, START_2, PAIRS_2, OTHERS_2, TURN_2,
-                SHARE_2, OFFSET_2, WIDE_2,
+                SHARE_2, EPS_2, OFFSET_2, WIDE_2,
             )  # fmt: skip
     if N_3 > 0:
         if program >= end_2:
@@ -205,7 +219,7 @@ def qk_rms_norm_rope_backward_kernel(
                 rstd_outer_3, rstd_middle_3, rstd_inner_3,
                 table_outer_3, table_middle_3, table_inner_3,
                 N_3, ROWS_3, DIM_3, COLS, START_3, PAIRS_3, OTHERS_3, TURN_3,
-                SHARE_3, OFFSET_3, WIDE_3,
+                SHARE_3, EPS_3, OFFSET_3, WIDE_3,
             )  # fmt: skip
 
 
@@ -213,9 +227,10 @@ def launch(
     xs: Sequence[torch.Tensor],
     grads: Sequence[torch.Tensor],
     weights: Sequence[torch.Tensor | None],
-    rstds: Sequence[torch.Tensor],
+    rstds: Sequence[torch.Tensor | None],
     cos: torch.Tensor | None,
     sin: torch.Tensor | None,
+    eps: Sequence[float],
     offsets: Sequence[float],
     plans: Sequence[RoundingPlan],
     rotations: Sequence[Rotation | None],
@@ -227,14 +242,17 @@ def launch(
 ) -> list[torch.Tensor]:
     """n <= 3 tensors (..., N_i), gradients like them -> the wanted gradients of xs, then weights.
 
-    `programs` take the rows of all; the rest as in `qk_rms_norm_rope.launch`.
+    An rstd that is None is computed anew. `programs` take the rows of all; the rest as in
+    `qk_rms_norm_rope.launch`.
     """
-    norms = list(zip(xs, grads, weights, rstds, offsets, plans, rotations, strict=True))
+    norms = list(zip(xs, grads, weights, rstds, eps, offsets, plans, rotations, strict=True))
     wants = list(zip(wants_x, wants_weight, strict=True))
-    if cos is None and any(x.shape[-1] > MAX_WIDTH for x in xs):
+    if cos is None and None not in rstds and any(x.shape[-1] > MAX_WIDTH for x in xs):
         pairs = [
             rms_norm_backward.launch(grad, x, weight, rstd, offset, plan, wanted, wrap=wrap)
-            for (x, grad, weight, rstd, offset, plan, _), wanted in zip(norms, wants, strict=True)
+            for (x, grad, weight, rstd, _, offset, plan, _), wanted in zip(
+                norms, wants, strict=True
+            )
         ]
     else:
         tables = None if cos is None or sin is None else equally_laid_out(cos, sin)

@@ -56,14 +56,17 @@ class BackwardSlot:
         x: torch.Tensor,
         grad: torch.Tensor,
         weight: torch.Tensor | None,
-        rstd: torch.Tensor,
+        rstd: torch.Tensor | None,
         tables: Tables | None,
-        norm: tuple[float, RoundingPlan, Rotation | None],
+        norm: tuple[float, float, RoundingPlan, Rotation | None],
         wants: tuple[bool, bool],
         programs: int,
     ) -> BackwardSlot:
-        """The slot of x (..., N); `norm` is (offset, plan, rotation), `wants` for x and weight."""
-        offset, plan, rotation = norm
+        """The slot of x (..., N); `norm` is (eps, offset, plan, rotation).
+
+        `wants` says it for x and weight. Without an `rstd` the kernel computes it anew.
+        """
+        eps, offset, plan, rotation = norm
         dtype = torch.promote_types(plan.compute, torch.float32)
         grad_x = torch.empty_like(x) if wants[0] else None
         rows = grad_x
@@ -103,6 +106,7 @@ class BackwardSlot:
             **widths,
             "TURN": "" if rotation is None else text({"layout": rotation.layout}),
             "SHARE": 1.0 if plan.mean == "sum" else 1.0 / x.shape[-1],
+            "EPS": float(eps),
             "OFFSET": offset_of(weight, offset),
             "WIDE": NAMES[dtype],
         }
@@ -134,6 +138,7 @@ NO_SLOT = BackwardSlot(
         "OTHERS": 1,
         "TURN": "",
         "SHARE": 1.0,
+        "EPS": 0.0,
         "OFFSET": 0.0,
         "WIDE": "f32",
     },
@@ -185,7 +190,7 @@ def launch_slots(
 ) -> list[tuple[torch.Tensor | None, torch.Tensor | None]]:
     """Both stages for up to three norms; the gradients of each x and weight.
 
-    A norm is (x, grad, weight, rstd, offset, plan, rotation); a gradient not wanted is None.
+    A norm is (x, grad, weight, rstd, eps, offset, plan, rotation); a gradient not wanted is None.
     """
     xs = [norm[0] for norm in norms]
     shares = _shares(xs, programs)
