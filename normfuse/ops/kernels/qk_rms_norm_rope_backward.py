@@ -65,6 +65,15 @@ def _turned_back(
 
 
 @triton.jit
+def _inverse_root(xs, is_row, SHARE: tl.constexpr, EPS: tl.constexpr):
+    """The rstd of each row from its parts; 0 for rows that are not there, whatever eps is."""
+    squares = tl.sum(xs[0] * xs[0], axis=1, keep_dims=True)
+    for part in tl.static_range(1, len(xs)):
+        squares += tl.sum(xs[part] * xs[part], axis=1, keep_dims=True)
+    return tl.where(is_row, 1.0 / tl.sqrt(squares * SHARE + EPS), 0.0)
+
+
+@triton.jit
 def _rows(
     program, cos_ptr, sin_ptr, stride_table,
     x_ptr, grad_ptr, weight_ptr, rstd_ptr, grad_x_ptr, partial_ptr, num_rows, num_programs,
@@ -108,15 +117,10 @@ def _rows(
         )
         grad_x_row = None if grad_x_ptr is None else grad_x_ptr + row * N
         xs = ()
-        squares = zeros(ROWS, 1, WIDE)
         for part in tl.static_range(NUM_PARTS):
-            x = load_wide(x_row, parts[part], is_row & inside[part], WIDE)
-            xs += (x,)
-            if rstd_ptr is None:
-                squares += tl.sum(x * x, axis=1, keep_dims=True)
+            xs += (load_wide(x_row, parts[part], is_row & inside[part], WIDE),)
         if rstd_ptr is None:
-            # Rows that are not there add nothing to the sums, whatever eps is.
-            rstd = tl.where(is_row, 1.0 / tl.sqrt(squares * SHARE + EPS), 0.0)
+            rstd = _inverse_root(xs, is_row, SHARE, EPS)
         else:
             rstd_row = rstd_ptr + row_start(
                 row, size_middle, size_inner,
