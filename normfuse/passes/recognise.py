@@ -11,6 +11,7 @@ from torch.fx import Graph, Node
 from normfuse.passes.recorder import Place, Recorder
 from normfuse.patterns import COMPOSE, RECOGNISE
 from normfuse.patterns.decline import Decline
+from normfuse.patterns.identity import skip_to_sum
 from normfuse.patterns.mutation import Mutations
 from normfuse.patterns.rms_norm import find_site
 from normfuse.patterns.rule import Context, Rule
@@ -52,6 +53,8 @@ class Recognise:
             site = None if node._erased else find_site(node)
             if site is not None and not (leaves and leaves(site)):
                 self._recognise(node, sites, context)
+        for value in [value for op in sites for value in op.users]:
+            skip_to_sum(value)
         for rule in COMPOSE:
             if self.settings.allows(rule.name):
                 self._compose(rule, sites, context)
