@@ -51,6 +51,62 @@ def test_root_scales_another_value():
     )
 
 
+@pytest.mark.parametrize(
+    "normalize",
+    [
+        lambda x: F.normalize(x, dim=-1),
+        lambda x: x / x.norm(dim=-1, keepdim=True).clamp_min(EPS),
+    ],
+)
+def test_eps_bounds_the_root(normalize):
+    assert declined(normalize, activation(2)) == (
+        "eps bounds the root from below (F.normalize does so) instead of being added under it"
+    )
+
+
+def test_eps_beside_the_root():
+    def norm(x):
+        return x / (x.pow(2).mean(-1, keepdim=True).sqrt() + EPS)
+
+    assert declined(norm, activation(2)) == (
+        "something is added to the root, where an eps would be added under it"
+    )
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda x: F.normalize(x, dim=-1),
+        lambda x: x / x.norm(p=2, dim=-1, keepdim=True),
+        lambda x: x / torch.norm(x, dim=1, keepdim=True),
+        lambda x: x / torch.linalg.vector_norm(x, dim=(-1,), keepdim=True),
+        lambda x: x / torch.linalg.norm(x, dim=-1, keepdim=True),
+    ],
+)
+def test_one_call_that_autograd_sees_whole(norm):
+    x = activation(2).requires_grad_()
+
+    assert declined(norm, x, grad=True) == (
+        "the length of a vector is one call of torch here, which is taken apart only after "
+        "autograd: in training it stays as it is"
+    )
+
+
+@pytest.mark.parametrize(
+    "length",
+    [
+        lambda x: x.norm(),
+        lambda x: x.norm(dim=0),
+        lambda x: x.norm(p=1, dim=-1),
+        lambda x: F.normalize(x.unsqueeze(0), dim=1),
+    ],
+)
+def test_other_lengths_are_no_site(length):
+    x = activation(2).requires_grad_()
+
+    assert not explain_with(length, (x,)).sites
+
+
 def test_square_of_a_value_that_changed():
     def norm(x):
         rstd = inverse_rms(x)

@@ -41,6 +41,7 @@ class Kind(Enum):
     SIGMOID = auto()
     SILU = auto()
     RMS_NORM = auto()
+    VECTOR_NORM = auto()
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,8 @@ _TABLE: dict[Any, Kind] = {
     **_names(Kind.SILU, torch.nn.functional.silu, aten.silu.default),
     **_names(Kind.RMS_NORM, torch.rms_norm, torch.nn.functional.rms_norm),
     **_names(Kind.RMS_NORM, aten.rms_norm.default),
+    **_names(Kind.VECTOR_NORM, torch.linalg.vector_norm, torch.linalg.norm, torch.norm, "norm"),
+    **_names(Kind.VECTOR_NORM, torch.nn.functional.normalize),
 }
 _SQUARES = {torch.square, "square", aten.square.default}
 _TABLE |= _names(Kind.POW, *_SQUARES)
@@ -199,6 +202,24 @@ def _rms_norm(kind: Kind, node: Node) -> MicroOp | None:
     return MicroOp(kind, (_first(node),)) if tensor(_first(node)) is not None else None
 
 
+def _vector_norm(kind: Kind, node: Node) -> MicroOp | None:
+    """The length of the vectors along the last axis, by itself or as what divides them."""
+    source = tensor(_first(node))
+    names = ("p", "dim") if node.target in _WITH_P else ("ord", "dim")
+    given = {**dict(zip(names, node.args[1:], strict=False)), **node.kwargs}
+    dim: Any = given.get("dim", 1 if node.target is torch.nn.functional.normalize else None)
+    if source is None or given.get(names[0], 2) not in (2, "fro", None):
+        return None
+    if isinstance(dim, (list, tuple)) and len(dim) == 1:
+        (dim,) = dim
+    if not isinstance(dim, int) or dim not in (-1, source.dim() - 1):
+        return None
+    return MicroOp(kind, (_first(node),), (source.dim() - 1,))
+
+
+_WITH_P = {torch.norm, "norm", torch.nn.functional.normalize}
+
+
 _READERS: dict[Kind, Callable[[Kind, Node], MicroOp | None]] = {
     **dict.fromkeys(_BINARY, _binary),
     **dict.fromkeys(_UNARY, _unary),
@@ -210,6 +231,7 @@ _READERS: dict[Kind, Callable[[Kind, Node], MicroOp | None]] = {
     Kind.SIGMOID: _unary,
     Kind.SILU: _silu,
     Kind.RMS_NORM: _rms_norm,
+    Kind.VECTOR_NORM: _vector_norm,
 }
 
 

@@ -51,8 +51,8 @@ class Norm:
 
 
 def find_site(node: Node) -> Candidate | Node | None:
-    """The RMS statistic that `node` is the root of: a candidate, a call of `rms_norm`, or None."""
-    if kind_of(node) is Kind.RMS_NORM:
+    """The RMS statistic that `node` is the root of: a candidate, one call of torch, or None."""
+    if kind_of(node) in (Kind.RMS_NORM, Kind.VECTOR_NORM):
         return node if micro_op(node) is not None else None
     return find_statistic(node)
 
@@ -102,6 +102,11 @@ def _escaping_rstd(statistic: Statistic, scaling: Scaling) -> Node | None:
 
 def _read_call(node: Node) -> Norm:
     """`F.rms_norm(x, normalized_shape, weight, eps)`, which `torch.nn.RMSNorm` calls."""
+    if kind_of(node) is Kind.VECTOR_NORM:
+        raise Decline(
+            "the length of a vector is one call of torch here, which is taken apart only after "
+            "autograd: in training it stays as it is"
+        )
     names = ("input", "normalized_shape", "weight", "eps")
     given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     x, shape = given["input"], given["normalized_shape"]

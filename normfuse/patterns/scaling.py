@@ -20,6 +20,7 @@ from normfuse.patterns.micro_ops import (
     dtype,
     fake_of,
     keeps_rows,
+    kind_of,
     micro_op,
     pairs,
     same_sizes,
@@ -136,7 +137,19 @@ def _read_product(statistic: Statistic) -> Product:
             others.append(user)
     if others:
         raise Decline("the inverse root multiplies another value than the one that was squared")
-    raise Decline("no product of the squared value and its inverse root follows the statistic")
+    raise Decline(_why_no_product(statistic))
+
+
+def _why_no_product(statistic: Statistic) -> str:
+    inverses = [inverse for inverse, _, _ in _inverses(statistic)]
+    kinds = {kind_of(user) for inverse in inverses for user in inverse.users}
+    if Kind.CLAMP in kinds:
+        return (
+            "eps bounds the root from below (F.normalize does so) instead of being added under it"
+        )
+    if Kind.ADD in kinds:
+        return "something is added to the root, where an eps would be added under it"
+    return "no product of the squared value and its inverse root follows the statistic"
 
 
 def _inverses(statistic: Statistic) -> Iterator[tuple[Node, str, tuple[Node, ...]]]:
