@@ -113,15 +113,18 @@ class Launch:
 
     def constants(self, cols: int, num_rows: Any) -> dict[str, Any]:
         """The kernel's constants for `num_rows` rows of `cols` elements; rows may be symbolic."""
+        reads = f"{self._reads(num_rows)} {target()}"
+        return {"N": cols, "ROWS": self.rows, "BLOCK": self.block, "READS": reads}
+
+    def _reads(self, num_rows: Any) -> str:
+        """How so many rows are read; a symbolic number may turn out to be any."""
         if known(num_rows >= MANY_ROWS):
-            reads = self.many
-        elif known(num_rows >= MIDDLE_ROWS) and known(num_rows < MANY_ROWS):
-            reads = self.middle
-        elif known(num_rows < MIDDLE_ROWS):
-            reads = self.few
-        else:
-            reads = " ".join(word for word in self.few.split() if word != "streamed")
-        return {"N": cols, "ROWS": self.rows, "BLOCK": self.block, "READS": f"{reads} {target()}"}
+            return self.many
+        if known(num_rows < MIDDLE_ROWS):
+            return self.few
+        if known(num_rows >= MIDDLE_ROWS) and known(num_rows < MANY_ROWS):
+            return self.middle
+        return " ".join(word for word in self.few.split() if word != "streamed")
 
     def grid(self, num_rows: int) -> tuple[int]:
         return ((num_rows + self.rows - 1) // self.rows,)
