@@ -71,6 +71,26 @@ def test_norms_without_rope_behind_them_share_an_op(kind, dtype):
     assert found == (["qk_rms_norm"] * 2, ["qk_rms_norm"])
 
 
+def test_queries_may_turn_before_keys_are_normalised():
+    """Gemma 4's vision: halves of a head turn by themselves, which no op does."""
+
+    class Axial(rotary.Attention):
+        def forward(self, x, cos, sin):
+            shape = (*x.shape[:-1], -1, rotary.DIM)
+
+            def turned(heads):
+                halves = zip(*(t.chunk(2, -1) for t in (heads, cos, sin)), strict=True)
+                return torch.cat([a * c + rotary.rotate_half(a) * s for a, c, s in halves], -1)
+
+            q = turned(self.q_norm(self.q_proj(x).view(shape)).transpose(1, 2))
+            k = turned(self.k_norm(self.k_proj(x).view(shape)).transpose(1, 2))
+            v = self.v_proj(x).view(shape).transpose(1, 2)
+            return rotary.attend(q, k, v)
+
+    found = ops(Axial().bfloat16(), rotary.hidden_states(), *rotary.tables())
+    assert found == (["qk_rms_norm"] * 2, ["qk_rms_norm"])
+
+
 def test_tables_are_told_apart():
     """Two attentions whose tables differ do not share a launch, though nothing else does."""
 

@@ -28,6 +28,10 @@ _REARRANGEMENTS: set[Any] = {
     *(aten.transpose.int, aten.permute.default, aten.slice.Tensor, aten.split.Tensor),
     *(aten.split_with_sizes.default, aten.select.int, aten.unbind.int, aten.squeeze.dim),
 }
+_PURE: set[Any] = {  # what a rotation is made of, beside rearrangements and micro-operations
+    *(torch.cat, torch.concat, torch.concatenate, aten.cat.default),
+    *(operator.neg, torch.neg, torch.negative, "neg", aten.neg.default),
+}
 _PROJECTIONS: set[Any] = {
     *(torch.nn.functional.linear, torch.matmul, torch.mm, torch.bmm, operator.matmul, "matmul"),
     *(aten.linear.default, aten.mm.default, aten.bmm.default, aten.matmul.default),
@@ -192,7 +196,7 @@ def _dependents(left: Node, right: Node) -> list[Node] | None:
 
 
 def _is_movable(node: Node) -> bool:
-    is_known = node.target in _REARRANGEMENTS or micro_op(node) is not None
+    is_known = node.target in _REARRANGEMENTS | _PURE or micro_op(node) is not None
     return is_known and not written_by(node)
 
 
