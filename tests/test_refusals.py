@@ -73,6 +73,15 @@ def test_eps_beside_the_root():
     )
 
 
+def test_root_rounded_before_it_is_inverted():
+    def norm(x):
+        return x * x.norm(dim=-1, keepdim=True).reciprocal()
+
+    assert declined(norm, activation(2)) == (
+        "the root is cast or reshaped before it is inverted: its roundings cannot be read"
+    )
+
+
 @pytest.mark.parametrize(
     "norm",
     [

@@ -20,7 +20,6 @@ from normfuse.patterns.micro_ops import (
     dtype,
     fake_of,
     keeps_rows,
-    kind_of,
     micro_op,
     pairs,
     same_sizes,
@@ -141,14 +140,16 @@ def _read_product(statistic: Statistic) -> Product:
 
 
 def _why_no_product(statistic: Statistic) -> str:
-    inverses = [inverse for inverse, _, _ in _inverses(statistic)]
-    kinds = {kind_of(user) for inverse in inverses for user in inverse.users}
-    if Kind.CLAMP in kinds:
+    users = [user for inverse, _, _ in _inverses(statistic) for user in inverse.users]
+    ops = [op for op in map(micro_op, users) if op is not None]
+    if any(op.kind is Kind.CLAMP for op in ops):
         return (
             "eps bounds the root from below (F.normalize does so) instead of being added under it"
         )
-    if Kind.ADD in kinds:
+    if any(op.kind is Kind.ADD for op in ops):
         return "something is added to the root, where an eps would be added under it"
+    if any(_inverts(op.kind, op.operands) for op in ops):
+        return "the root is cast or reshaped before it is inverted: its roundings cannot be read"
     return "no product of the squared value and its inverse root follows the statistic"
 
 
