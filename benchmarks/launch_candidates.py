@@ -75,8 +75,8 @@ def _ordinary(width: int) -> Iterator[Candidate]:
             yield Candidate(1, tile, warps, reads)
 
 
-# Cells in which we lost, or stayed below what was asked for (benchmarks/results/kernels_h200.json),
-# and as many rows as share their entry of the table.
+# Cells in which we lost, or stayed below what was asked for, before launches_widths_h200.json was
+# made of them, and as many rows as share their entry of the table.
 WEAK = (
     *((op, 65536, (64, 4096)) for op in ("rms_norm", "add_rms_norm", SANDWICH)),
     ("rms_norm", 7168, (64, 512, 4096, 16384, 65536)),

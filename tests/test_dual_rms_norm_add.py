@@ -22,17 +22,15 @@ class Snapshots(TestCase):
             text,
             """\
 before autograd:
-    dual_rms_norm_add_default = normfuse.dual_rms_norm_add.default(l_hidden_states, l_hidden_states_2, l_residual, post_feedforward_layernorm_1_weight, post_feedforward_layernorm_2_weight, post_feedforward_layernorm_weight, None, None, None, None, 1e-06, 0.0, 'f32 pow unit=f32 weight=f32 out=bf16', 1e-06, 0.0, 'f32 pow unit=f32 weight=f32 out=bf16', 1e-06, 0.0, 'f32 pow unit=f32 weight=f32 out=bf16')
-    getitem_4 = getitem(dual_rms_norm_add_default, 0)
-    hidden_states_5 = imul(getitem_4, l_self_buffers_layer_scalar)
-    rms_norm_default_3 = normfuse.rms_norm.default(hidden_states_5, input_layernorm_weight, None, 1e-06, 0.0, 'f32 pow unit=f32 weight=f32 out=bf16')
-    getitem_3 = getitem(rms_norm_default_3, 0)
-    return (getitem_3, hidden_states_5)
+    dual_rms_norm_add_rms_norm_default = normfuse.dual_rms_norm_add_rms_norm.default(l_hidden_states, l_hidden_states_2, l_residual, post_feedforward_layernorm_1_weight, post_feedforward_layernorm_2_weight, post_feedforward_layernorm_weight, input_layernorm_weight, None, l_self_buffers_layer_scalar, None, None, 1e-06, 0.0, 'f32 pow unit=f32 weight=f32 out=bf16', 1e-06, 0.0, 'f32 pow unit=f32 weight=f32 out=bf16', 1e-06, 0.0, 'f32 pow unit=f32 weight=f32 out=bf16', 1e-06, 0.0, 'f32 pow unit=f32 weight=f32 out=bf16')
+    getitem_6 = getitem(dual_rms_norm_add_rms_norm_default, 1)
+    getitem_5 = getitem(dual_rms_norm_add_rms_norm_default, 0)
+    return (getitem_5, getitem_6)
 after autograd:
-    dual_rms_norm_add_rms_norm_default = normfuse.dual_rms_norm_add_rms_norm.default(arg0_1, arg2_1, arg5_1, arg1_1, arg3_1, arg4_1, arg7_1, None, arg6_1, None, None, 1e-06, 0.0, 'f32 pow unit=f32 weight=f32 out=bf16', 1e-06, 0.0, 'f32 pow unit=f32 weight=f32 out=bf16', 1e-06, 0.0, 'f32 pow unit=f32 weight=f32 out=bf16', 1e-06, 0.0, 'f32 pow unit=f32 weight=f32 out=bf16')
-    getitem_8 = getitem(dual_rms_norm_add_rms_norm_default, 1)
-    getitem_7 = getitem(dual_rms_norm_add_rms_norm_default, 0)
-    return (getitem_7, getitem_8)
+    dual_rms_norm_add_rms_norm = normfuse.dual_rms_norm_add_rms_norm.default(arg0_1, arg2_1, arg5_1, arg1_1, arg3_1, arg4_1, arg7_1, None, arg6_1, None, None, 1e-06, 0.0, 'f32 pow unit=f32 weight=f32 out=bf16', 1e-06, 0.0, 'f32 pow unit=f32 weight=f32 out=bf16', 1e-06, 0.0, 'f32 pow unit=f32 weight=f32 out=bf16', 1e-06, 0.0, 'f32 pow unit=f32 weight=f32 out=bf16')
+    getitem = getitem(dual_rms_norm_add_rms_norm, 0)
+    getitem_1 = getitem(dual_rms_norm_add_rms_norm, 1)
+    return (getitem, getitem_1)
 lowered:
     the same
 """,

@@ -28,7 +28,7 @@ BACKWARD = {
     "gemma4_text@moe": {
         "rms_norm_add_backward",
         "rms_norms_backward",
-        "dual_rms_norm_add_backward",
+        "dual_rms_norm_add_rms_norm_backward",
         "qk_rms_norm_rope_backward",
     },
 }

@@ -150,11 +150,11 @@ def test_in_place_write_to_what_the_backward_needs():
     def norm(x):
         residual = x * 2
         h = residual.float()
-        residual += (h * inverse_rms(h)).to(x.dtype)
+        residual -= (h * inverse_rms(h)).to(x.dtype)
         return residual
 
     assert declined(norm, activation(2).requires_grad_(), grad=True) == (
-        "a value that its backward needs is changed in place by `iadd` afterwards"
+        "a value that its backward needs is changed in place by `isub` afterwards"
     )
 
 

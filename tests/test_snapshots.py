@@ -115,18 +115,15 @@ lowered:
             text,
             """\
 before autograd:
-    rms_norm_default = normfuse.rms_norm.default(l_hidden_states, post_feedforward_layernorm_weight, None, 1e-06, 1.0, 'f32 unit=f32 weight=f32 out=bf16')
-    getitem = getitem(rms_norm_default, 0)
-    hidden_states_1 = add(l_residual, getitem)
-    hidden_states_2 = imul(hidden_states_1, l_self_buffers_layer_scalar)
-    rms_norm_default_1 = normfuse.rms_norm.default(hidden_states_2, input_layernorm_weight, None, 1e-06, 1.0, 'f32 unit=f32 weight=f32 out=bf16')
-    getitem_1 = getitem(rms_norm_default_1, 0)
-    return (getitem_1, hidden_states_2)
+    rms_norm_add_rms_norm_default = normfuse.rms_norm_add_rms_norm.default(l_hidden_states, l_residual, post_feedforward_layernorm_weight, input_layernorm_weight, None, l_self_buffers_layer_scalar, None, None, 1e-06, 1.0, 'f32 unit=f32 weight=f32 out=bf16', 1e-06, 1.0, 'f32 unit=f32 weight=f32 out=bf16')
+    getitem_4 = getitem(rms_norm_add_rms_norm_default, 1)
+    getitem_3 = getitem(rms_norm_add_rms_norm_default, 0)
+    return (getitem_3, getitem_4)
 after autograd:
-    rms_norm_add_rms_norm_default = normfuse.rms_norm_add_rms_norm.default(arg0_1, arg2_1, arg1_1, arg4_1, None, arg3_1, None, None, 1e-06, 1.0, 'f32 unit=f32 weight=f32 out=bf16', 1e-06, 1.0, 'f32 unit=f32 weight=f32 out=bf16')
-    getitem_6 = getitem(rms_norm_add_rms_norm_default, 1)
-    getitem_5 = getitem(rms_norm_add_rms_norm_default, 0)
-    return (getitem_5, getitem_6)
+    rms_norm_add_rms_norm = normfuse.rms_norm_add_rms_norm.default(arg0_1, arg2_1, arg1_1, arg4_1, None, arg3_1, None, None, 1e-06, 1.0, 'f32 unit=f32 weight=f32 out=bf16', 1e-06, 1.0, 'f32 unit=f32 weight=f32 out=bf16')
+    getitem = getitem(rms_norm_add_rms_norm, 0)
+    getitem_1 = getitem(rms_norm_add_rms_norm, 1)
+    return (getitem, getitem_1)
 lowered:
     the same
 """,

@@ -11,6 +11,7 @@ from torch.fx import Graph, Node
 from normfuse.passes.recorder import Place, Recorder
 from normfuse.patterns import COMPOSE, RECOGNISE
 from normfuse.patterns.decline import Decline
+from normfuse.patterns.functional import write_out_of_place
 from normfuse.patterns.identity import skip_to_sum
 from normfuse.patterns.mutation import Mutations
 from normfuse.patterns.rms_norm import find_site
@@ -47,6 +48,7 @@ class Recognise:
         Returns:
             For each op, the roots of its statistics: nodes that are in the graph no more.
         """
+        write_out_of_place(graph)
         context = Context(graph, Mutations(graph), self.fake_key, self.settings.numerics)
         sites: dict[Node, list[Node]] = {}
         for node in list(graph.nodes):

@@ -41,7 +41,7 @@ class Mutations:
 
     def __init__(self, graph: Graph) -> None:
         self._writes = [
-            (node, frozenset(_storages(written_by(node))))
+            (node, frozenset(storages_of(written_by(node))))
             for node in graph.nodes
             if written_by(node)
         ]
@@ -58,7 +58,7 @@ class Mutations:
             return
         nodes = list(nodes)
         first, last = min(nodes), max(nodes)
-        values = _storages(
+        values = storages_of(
             {operand for node in nodes for operand in node.all_input_nodes} | {*nodes}
         )
         for write, written in self._writes:
@@ -77,7 +77,7 @@ class Mutations:
         """
         if not self._writes or not self._is_training:
             return
-        values = _storages(operands)
+        values = storages_of(operands)
         for write, written in self._writes:
             if not write < node and not written.isdisjoint(values):
                 raise Decline(
@@ -90,7 +90,8 @@ def _name(write: Node) -> Any:
     return getattr(write.target, "__name__", write.target)
 
 
-def _storages(nodes: Iterable[Node]) -> set[int]:
+def storages_of(nodes: Iterable[Node]) -> set[int]:
+    """The memory that nodes hold, by a number for each storage."""
     return {
         fake.untyped_storage()._cdata
         for node in nodes
