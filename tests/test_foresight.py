@@ -140,6 +140,16 @@ class TestATableThatKnowsSomeSites:
         with torch.no_grad():
             assert self.ops() == []
 
+    def test_the_length_of_one_vector_is_as_wide_as_the_vector(self):
+        """Its result has no axis at all."""
+        self.learn("add_rms_norm", 20.0, 10.0)
+
+        def scaled(x, residual):
+            return x * x.flatten().norm(dim=-1), residual
+
+        with torch.no_grad():
+            assert ops_of(scaled, PAIR) == []
+
     @pytest.mark.guarantee
     def test_training_asks_for_the_backward_as_well(self):
         self.learn("add_rms_norm", 20.0, 10.0)
