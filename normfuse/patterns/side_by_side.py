@@ -28,7 +28,8 @@ _REARRANGEMENTS: set[Any] = {
     *(aten.transpose.int, aten.permute.default, aten.slice.Tensor, aten.split.Tensor),
     *(aten.split_with_sizes.default, aten.select.int, aten.unbind.int, aten.squeeze.dim),
 }
-_PURE: set[Any] = {  # what a rotation is made of, beside rearrangements and micro-operations
+_MOVABLE: set[Any] = {  # what a rotation is made of, beside micro-operations
+    *_REARRANGEMENTS,
     *(torch.cat, torch.concat, torch.concatenate, aten.cat.default),
     *(operator.neg, torch.neg, torch.negative, "neg", aten.neg.default),
 }
@@ -196,7 +197,7 @@ def _dependents(left: Node, right: Node) -> list[Node] | None:
 
 
 def _is_movable(node: Node) -> bool:
-    is_known = node.target in _REARRANGEMENTS | _PURE or micro_op(node) is not None
+    is_known = node.target in _MOVABLE or micro_op(node) is not None
     return is_known and not written_by(node)
 
 
