@@ -170,14 +170,14 @@ def _likely(op: str, rows: int, width: int) -> Iterator[Candidate]:
         if 8 <= width / (32 * warps) <= 48:
             tiles = {min(block, warps * share) for share in (128, 256, 512)}
             yield from (
-                Candidate(1, *one) for one in product(sorted(tiles), (warps,), ways(op, rows))
+                Candidate(1, *one) for one in product(sorted(tiles), (warps,), _ways(op, rows))
             )
 
 
 def reads(ops: list[str], widths: list[int] | None) -> Plan:
     """A middling number of rows, read in every way, in the order of summing that the table has."""
     return [
-        (Cell(op, rows, entry.widest), [Candidate(*entry[2:5], way) for way in ways(op, rows)])
+        (Cell(op, rows, entry.widest), [Candidate(*entry[2:5], way) for way in _ways(op, rows)])
         for op in ops
         for entry in LAUNCHES.get(op, ())
         for rows in MIDDLE
@@ -185,7 +185,7 @@ def reads(ops: list[str], widths: list[int] | None) -> Plan:
     ]
 
 
-def ways(op: str, rows: int) -> tuple[str, ...]:
+def _ways(op: str, rows: int) -> tuple[str, ...]:
     """How rows may be read, but for what never won with so many of them."""
     if rows <= 128:
         return READS[1:]

@@ -9,7 +9,8 @@ launch that ships. Candidates that sum in the same order (rows, tile, warps) sha
 of the table; how rows are read may then differ between few rows and many. The fastest of each
 cell are checked and timed again by turns with the launch that ships: they win by more than the
 medians of the rounds differ, or not at all. The preset "weak" tries launches that the table does
-not know yet, in the cells in which we lose.
+not know yet, in cells that were lost; "between" the widths of models between those of "whole"; and
+"reads" every way to read 256 to 1024 rows, in the order of summing that the table has.
 """
 
 from __future__ import annotations
