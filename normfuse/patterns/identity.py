@@ -10,14 +10,21 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from normfuse.patterns.micro_ops import Kind, kind_of, micro_op, same_layout, same_sizes, tensor
+from normfuse.patterns.micro_ops import (
+    Kind,
+    fake_of,
+    kind_of,
+    same_layout,
+    same_sizes,
+    source_of,
+)
 from normfuse.patterns.mutation import written_by
 
 _DROPOUTS = {torch.nn.functional.dropout, torch.dropout, torch.ops.aten.dropout.default}
 
 
 def skip_to_sum(value: Node) -> None:
-    """Let the sum that a norm's result goes into read it past calls that change nothing."""
+    """Let the sum or scale that reads a norm's result read it past calls that change nothing."""
     skipped: list[Node] = []
     last = value
     while len(last.users) == 1 and _gives_back(next(iter(last.users)), last):
@@ -35,19 +42,14 @@ def _is_sum_or_scale(node: Node) -> bool:
 
 
 def _gives_back(node: Node, value: Node) -> bool:
+    """Whether a reader of `value` returns it as it is."""
     if node.target in _DROPOUTS:
-        return _source(node) is value and _is_off(*node.args[1:], **node.kwargs)
-    if kind_of(node) is not Kind.VIEW or micro_op(node) is None or _source(node) is not value:
+        return _is_off(*node.args[1:], **node.kwargs)
+    if source_of(node, Kind.VIEW) is not value:
         return False
-    before, after = tensor(value), tensor(node)
-    assert before is not None
-    assert after is not None
+    before, after = fake_of(value), fake_of(node)
     is_same = before.dtype == after.dtype and same_sizes(before.shape, after.shape)
     return is_same and same_layout(before, after)
-
-
-def _source(node: Node) -> Any:
-    return node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("self"))
 
 
 def _is_off(p: Any = 0.5, training: Any = True, inplace: Any = False, **others: Any) -> bool:
