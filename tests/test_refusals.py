@@ -58,9 +58,9 @@ def test_root_scales_another_value():
         lambda x: x / x.norm(dim=-1, keepdim=True).clamp_min(EPS),
     ],
 )
-def test_eps_bounds_the_root(normalize):
+def test_root_is_clamped(normalize):
     assert declined(normalize, activation(2)) == (
-        "eps bounds the root from below (F.normalize does so) instead of being added under it"
+        "the root is clamped (F.normalize does so), where an eps would be added under it"
     )
 
 

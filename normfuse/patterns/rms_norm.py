@@ -64,6 +64,11 @@ def read_norm(site: Candidate | Node) -> Norm:
         Decline: it is none, or its roundings cannot be read.
     """
     if isinstance(site, Node):
+        if kind_of(site) is Kind.VECTOR_NORM:
+            raise Decline(
+                "the length of a vector is one call of torch here, which is taken apart only after "
+                "autograd: in training it stays as it is"
+            )
         return _read_call(site)
     statistic = read_statistic(site)
     scaling = read_scaling(statistic)
@@ -102,11 +107,6 @@ def _escaping_rstd(statistic: Statistic, scaling: Scaling) -> Node | None:
 
 def _read_call(node: Node) -> Norm:
     """`F.rms_norm(x, normalized_shape, weight, eps)`, which `torch.nn.RMSNorm` calls."""
-    if kind_of(node) is Kind.VECTOR_NORM:
-        raise Decline(
-            "the length of a vector is one call of torch here, which is taken apart only after "
-            "autograd: in training it stays as it is"
-        )
     names = ("input", "normalized_shape", "weight", "eps")
     given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     x, shape = given["input"], given["normalized_shape"]

@@ -143,9 +143,7 @@ def _why_no_product(statistic: Statistic) -> str:
     users = [user for inverse, _, _ in _inverses(statistic) for user in inverse.users]
     ops = [op for op in map(micro_op, users) if op is not None]
     if any(op.kind is Kind.CLAMP for op in ops):
-        return (
-            "eps bounds the root from below (F.normalize does so) instead of being added under it"
-        )
+        return "the root is clamped (F.normalize does so), where an eps would be added under it"
     if any(op.kind is Kind.ADD for op in ops):
         return "something is added to the root, where an eps would be added under it"
     if any(_inverts(op.kind, op.operands) for op in ops):
