@@ -1,5 +1,7 @@
 """`qk_rms_norm` and `qk_rms_norm_rope` as ops: the dispatcher, gradients, public functions."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.autograd import gradcheck
@@ -132,3 +134,27 @@ def test_a_rotation_survives_its_text():
         Rotation("half", 7, torch.float32, torch.float32)
     with pytest.raises(ValueError, match="layout must be one of"):
         Rotation("third", 8, torch.float32, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("width", "compute", "kept"),
+    [
+        pytest.param(128, torch.float32, 0, id="heads: taken anew in their backward"),
+        pytest.param(2048, torch.float32, 2, id="whole projections: its kernel holds no row"),
+        pytest.param(128, torch.bfloat16, 2, id="a statistic of 16 bits, for its rounding"),
+    ],
+)
+def test_which_rstd_is_kept_for_the_backward(width, compute, kept):
+    dtype, shapes = torch.bfloat16, []
+    plan = replace(RoundingPlan.once(dtype, dtype), compute=compute, rstd=compute)
+    xs = [torch.randn(5, width, dtype=dtype, requires_grad=True) for _ in range(2)]
+    weights = [torch.randn(width, dtype=dtype) for _ in range(2)]
+
+    def note(tensor):
+        shapes.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        QK_RMS_NORM(xs, weights, [1e-6] * 2, [0.0] * 2, [str(plan)] * 2)
+
+    assert shapes.count((5, 1)) == kept

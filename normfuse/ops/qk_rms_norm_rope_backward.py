@@ -31,7 +31,7 @@ SCHEMA = (
     " bool[] output_mask) -> Tensor[]"
 )
 
-WIDEST_HELD = 1024  # columns of a row that a program of the kernel holds
+HELD_WIDTH = 1024  # of rows that a program of the kernel holds; it says so, too, as MAX_WIDTH
 
 
 def qk_rms_norm_rope_backward_reference(
@@ -80,7 +80,7 @@ def kept_rstds(
     A statistic of 16 bits is kept: computed anew it would not have the rounding of the forward.
     """
     widths = [x.shape[-1] for x in xs]
-    is_held = all(isinstance(width, int) and width <= WIDEST_HELD for width in widths)
+    is_held = all(isinstance(width, int) and width <= HELD_WIDTH for width in widths)
     is_wide = all(RoundingPlan.parse(plan).compute.itemsize >= 4 for plan in plans)
     return [] if is_held and is_wide else list(rstds)
 

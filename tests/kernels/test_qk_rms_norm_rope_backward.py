@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from normfuse.ops.qk_rms_norm_rope_backward import (
+    HELD_WIDTH,
     for_launch,
     qk_rms_norm_rope_backward_fake,
     qk_rms_norm_rope_backward_reference,
@@ -112,6 +113,12 @@ def test_widths_may_differ(launch, widths, kept):
     xs = [random(5, width) for width in widths]
 
     backward(launch, xs, [WEIGHTED] * 2, ["none"] * 2, kept=kept)
+
+
+def test_forward_and_backward_agree_on_which_rows_are_held():
+    """Kernel files import nothing of ours, so that the number stands twice."""
+    kernel = pytest.importorskip("normfuse.ops.kernels.qk_rms_norm_rope_backward")
+    assert kernel.MAX_WIDTH == HELD_WIDTH
 
 
 def test_an_empty_tensor_beside_a_full_one(launch):
