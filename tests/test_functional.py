@@ -96,6 +96,15 @@ def test_not_where_the_sum_is_read_under_another_name():
     assert ops(Scaled(read_through_a_view).bfloat16(), *inputs) != {"rms_norm_add_rms_norm"}
 
 
+def test_within_no_grad_it_waits_for_the_graph_after_autograd():
+    """There is one in inference alone."""
+    inputs = [activation(2, 3) for _ in range(2)]
+
+    with torch.no_grad():
+        assert ops(Scaled(without_gradients).bfloat16(), *inputs) == {"rms_norm_add_rms_norm"}
+
+
+@pytest.mark.guarantee
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("change", CHANGES)
 def test_results_and_gradients_are_those_of_eager(change, training):

@@ -42,7 +42,7 @@ def _add_after_norm(node: Node, context: Context) -> Node | None:
 
 
 def scale_after_sum(node: Node, context: Context) -> Node | None:
-    """A factor of a sum that was out of reach before autograd: Gemma 4 scales its sum in place.
+    """A factor of a sum that was out of reach before autograd: one written within `no_grad()`, say.
 
     The sum is the first result of the op, and its factor two arguments of it.
     """
