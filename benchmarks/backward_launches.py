@@ -2,12 +2,14 @@
 
     python benchmarks/backward_launches.py --time-limit 150 --out backward_launches.json
     python benchmarks/backward_launches.py --ops sandwich --widths 4096 --rows 8192
+    python benchmarks/backward_launches.py --together 2 4 --out together.json
     python benchmarks/backward_launches.py --ops sums --out sums.json
 
 Every candidate is compiled beforehand, in many processes, and timed with cold caches beside the
 launch that ships: both stages, weight gradients included. A candidate is how many elements of a
-chunk a lane takes, how many threads share a row, in how many stages rows are loaded, and how many
-programs a multiprocessor gets. Those that spill registers take no part.
+chunk a lane takes, how many threads share a row, in how many stages rows are loaded, how many
+programs a multiprocessor gets, and how many rows a program works on together, each with threads of
+its own. Those that spill registers take no part.
 
 `sums` is the second stage alone, as one weight has it: partial sums of one, two or three programs
 for each multiprocessor, in the cache, as behind the first stage. Its candidates are how many of
@@ -48,18 +50,22 @@ ROWS = (2048, 8192, 32768)
 # op: tensors as large as an activation that a backward reads, and writes.
 OPS = {"norm": (2, 1), "add": (3, 1), "sandwich": (4, 2)}
 SMS = 132
+KIB = 1024
 SAMPLES = 5
 
 Record = dict[str, Any]
 
 
 class Candidate(NamedTuple):
-    """Elements of a lane in a chunk, threads of a row, stages; programs of a multiprocessor."""
+    """Elements of a lane in a chunk, threads of a row, stages; programs of a multiprocessor; rows
+    of a program at once.
+    """
 
     lane: int
     threads: int
     stages: int
     each: int = 1
+    together: int = 1
 
     @property
     def kernel(self) -> Candidate:
@@ -67,24 +73,36 @@ class Candidate(NamedTuple):
         return self._replace(each=1)
 
 
-def candidates(width: int) -> Iterator[Candidate]:
+def candidates(width: int, together: Sequence[int] = (1,)) -> Iterator[Candidate]:
     """Those whose chunks end near the end of a row, with 8 to 40 elements of it in a thread."""
-    for lane, threads, stages in product((4, 8), (128, 256, 512, 1024), range(2, 7)):
+    shapes = product((4, 8), (64, 128, 256, 512, 1024), range(2, 7), together)
+    for lane, threads, stages, rows in shapes:
         chunks = -(-width // (lane * threads))
         fits = chunks * lane * threads < width + max(width // 2, lane * threads)
-        if fits and chunks <= 6 and chunks * lane <= 40:
+        if 128 <= rows * threads <= 1024 and fits and chunks <= 6 and chunks * lane <= 40:
             for each in (1, 2, 3, 4, 6):
-                if each * threads <= 2048:
-                    yield Candidate(lane, threads, stages, each)
+                if each * rows * threads <= 2048:
+                    yield Candidate(lane, threads, stages, each, rows)
+
+
+def tried(op: str, width: int, together: Sequence[int]) -> list[Candidate]:
+    """Those with which a multiprocessor has neither too little of rows on their way nor too much"""
+    row = OPS[op][0] * width * DTYPE.itemsize
+    return [
+        one
+        for one in candidates(width, together)
+        if 32 * KIB <= row * one.together * one.each * (one.stages - 1) <= 224 * KIB
+    ]
 
 
 def tile_of(candidate: Candidate, width: int, rows: int) -> Any:
     from normfuse.ops.kernels.tile_backward import BackwardLaunch
 
-    lane, threads, stages, each = candidate
+    lane, threads, stages, each, together = candidate
     chunks = -(-width // (lane * threads))
-    programs = min(SMS * each, rows)
-    return BackwardLaunch(1, lane * threads, chunks, True, threads // 32, programs, stages)
+    programs = min(SMS * each, -(-rows // together))
+    warps = together * threads // 32
+    return BackwardLaunch(together, lane * threads, chunks, True, warps, programs, stages)
 
 
 def operands(op: str, width: int, rows: int, device: Any) -> tuple[torch.Tensor, ...]:
@@ -168,7 +186,7 @@ def unchanged(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
 
 
 def measured(
-    op: str, width: int, rows: int, tried: list[Candidate | None], clock: Clock
+    op: str, width: int, rows: int, running: list[Candidate | None], clock: Clock
 ) -> list[list[Any]]:
     """[us, *candidate], fastest first; the launch that ships is alone with its time."""
     size = 2 * sum(OPS[op]) * rows * width
@@ -176,7 +194,7 @@ def measured(
     sets = [operands(op, width, rows, clock.device) for _ in range(rotation.num_sets)]
     times = []
     with clock.session(), torch.no_grad():
-        for one in tried:
+        for one in running:
             tile = None if one is None else tile_of(one, width, rows)
             call = partial(launched, op, tile) if clock.device.type == "cuda" else unchanged
             call(*sets[0])
@@ -223,6 +241,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ops", nargs="+", default=list(OPS), choices=[*OPS, "sums"])
     parser.add_argument("--widths", nargs="+", type=int, default=list(WIDTHS))
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
+    parser.add_argument("--together", nargs="+", type=int, default=[1], choices=[1, 2, 4])
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--time-limit", type=float, default=float("inf"), metavar="SECONDS")
     parser.add_argument("--dry-run", action="store_true", help="no GPU; the times are made up")
@@ -238,7 +257,7 @@ def main(argv: list[str] | None = None) -> None:
     jobs = [
         (op, width, kernel)
         for width, op in plan
-        for kernel in [None, *dict.fromkeys(one.kernel for one in candidates(width))]
+        for kernel in [None, *dict.fromkeys(c.kernel for c in tried(op, width, arguments.together))]
     ]
     kernels = {} if arguments.dry_run else compile_all(jobs, arguments.workers)
     record: Record = {
@@ -256,9 +275,10 @@ def main(argv: list[str] | None = None) -> None:
     for (width, op), rows in track(list(product(plan, arguments.rows)), description="measuring"):
         if time.monotonic() > end:
             break
-        tried = [None, *(one for one in candidates(width) if _runs(kernels, op, width, one))]
+        found = tried(op, width, arguments.together)
+        running = [None, *(one for one in found if _runs(kernels, op, width, one))]
         name = f"{op} {rows} x {width}"
-        times = measured(op, width, rows, tried, clock)
+        times = measured(op, width, rows, running, clock)
         record["cells"][name] = times
         ships = next(row[0] for row in times if len(row) == 1)
         print(f"{name}: ships {ships:.1f} us;", *(f"{t:.1f} {one}" for t, *one in times[:4]))
@@ -271,7 +291,8 @@ def _runs(kernels: dict[Any, Record], op: str, width: int, one: Candidate) -> bo
     found = kernels.get((op, width, one.kernel), {"spilled": 0, "registers": 32})
     if found.get("spilled") != 0:
         return False
-    return one.each == 1 or one.each * one.threads * -(-found["registers"] // 8) * 8 <= 65536
+    threads = one.each * one.together * one.threads
+    return one.each == 1 or threads * -(-found["registers"] // 8) * 8 <= 65536
 
 
 if __name__ == "__main__":

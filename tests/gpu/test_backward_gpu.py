@@ -30,8 +30,9 @@ from tests.test_training import exact_gemma, exact_llama, gradients
 
 pytestmark = pytest.mark.gpu
 PLAN = str(gemma(BF16))
-# Held in registers by 4, 8 and 16 warps, misaligned, and too wide for them.
-WIDTHS = (64, 256, 2816, 4096, 5376, 5377, 8192, 12288, 16384)
+# Held in registers by 2, 4, 8 and 16 warps, misaligned, and too wide for them.
+WIDTHS = (64, 256, 1000, 1024, 2816, 4096, 5376, 5377, 8192, 12288, 16384)
+MANY_ROWS = 32768  # two of which a program takes at once
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +50,17 @@ def test_norm(width, dtype):
     x, plan = random(300, width, dtype=dtype), str(RoundingPlan.once(dtype, dtype))
     tensors = (random(300, width, dtype=dtype), x, random(width, dtype=dtype), rstd_of(x))
     arguments = (*tensors, 1.0, plan, [True, True])
+
+    grads = RMS_NORM_BACKWARD(*arguments)
+
+    assert_errs_no_more_than(rms_norm_backward_reference, grads, *arguments)
+
+
+@pytest.mark.parametrize("width", [1152, 2816, 4096])
+def test_two_rows_at_once(width):
+    x = random(MANY_ROWS + 1, width)
+    tensors = (random(MANY_ROWS + 1, width), x, random(width), rstd_of(x))
+    arguments = (*tensors, 1.0, PLAN, [True, True])
 
     grads = RMS_NORM_BACKWARD(*arguments)
 
@@ -98,10 +110,12 @@ def test_queries_and_keys(name, kept):
 
 
 @pytest.mark.guarantee
-@pytest.mark.parametrize("width", [256, 4096, 16384])
-def test_the_same_bits_every_time(width):
-    x = random(5000, width)
-    arguments = (random(5000, width), x, random(width), rstd_of(x), 1.0, PLAN, [True, True])
+@pytest.mark.parametrize(
+    ("rows", "width"), [(5000, 256), (5000, 1024), (5000, 4096), (5000, 16384), (MANY_ROWS, 4096)]
+)
+def test_the_same_bits_every_time(rows, width):
+    x = random(rows, width)
+    arguments = (random(rows, width), x, random(width), rstd_of(x), 1.0, PLAN, [True, True])
 
     first, *others = (RMS_NORM_BACKWARD(*arguments) for _ in range(5))
 

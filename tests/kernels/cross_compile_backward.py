@@ -53,17 +53,19 @@ class _Launcher:
         return self.record
 
 
-def compile_backward(stem: str, width: int, dtype: torch.dtype, target: str) -> dict[str, Any]:
+def compile_backward(
+    stem: str, width: int, dtype: torch.dtype, target: str, num_rows: int = NUM_ROWS
+) -> dict[str, Any]:
     """What Triton makes of the two kernels of one op on rows of `width`, by their names."""
     gpu, recorder = TARGETS[target], _Recorder()
-    x = torch.empty(NUM_ROWS, width, dtype=dtype, device="meta")
+    x = torch.empty(num_rows, width, dtype=dtype, device="meta")
     weight = torch.empty(width, dtype=dtype, device="meta")
     plan = RoundingPlan.once(dtype, dtype)
-    rstd = torch.empty(NUM_ROWS, 1, dtype=plan.compute, device="meta")
+    rstd = torch.empty(num_rows, 1, dtype=plan.compute, device="meta")
     norms = 2 if stem.count("norm") == 2 else 1
     operands = {"rms_norm_backward": 2, "add_rms_norm_backward": 3}.get(stem, 4)
     sizes: Any = {"norms": norms, "operands": operands, "warp_size": gpu.warp_size}
-    tile = BackwardLaunch.for_shape(width, NUM_ROWS, dtype, **sizes)
+    tile = BackwardLaunch.for_shape(width, num_rows, dtype, **sizes)
     settings: Any = {"tile": tile, "wrap": recorder}
     if norms == 2:
         both = ((weight, rstd, 1.0, plan),) * 2
@@ -111,13 +113,18 @@ def compile_norms(
     return triton.compile(source, target=gpu, options={"num_warps": num_warps})
 
 
-def compile_heads(width: int, layout: str, target: str) -> Any:
+def compile_heads(
+    width: int,
+    layout: str,
+    target: str,
+    dtype: torch.dtype = torch.bfloat16,
+    table_dtype: torch.dtype = torch.bfloat16,
+) -> Any:
     """What Triton makes of the gradients of q, k and v heads of `width`; q and k turn."""
     gpu, recorder = TARGETS[target], _Recorder()
-    dtype = torch.bfloat16
     heads = torch.empty(2, 512, 8, width, dtype=dtype, device="meta").transpose(1, 2)
     weight = torch.empty(width, dtype=dtype, device="meta")
-    table = torch.empty(2, 1, 512, width, dtype=dtype, device="meta")
+    table = torch.empty(2, 1, 512, width, dtype=table_dtype, device="meta")
     plans = [RoundingPlan.once(dtype, dtype)] * 2 + [RoundingPlan.once(dtype, None)]
     turns = [Rotation(layout, width, dtype, dtype)] * 2 + [None]
     qk_rms_norm_rope_backward.launch(

@@ -11,10 +11,11 @@ pytest.importorskip("triton", reason="compiles with triton")
 cross_compile = pytest.importorskip("tests.kernels.cross_compile")
 backward = pytest.importorskip("tests.kernels.cross_compile_backward")
 SHARED_MEMORY = 227 * 1024  # of a program on sm_90, in bytes
+MANY_ROWS = 32768
 
 
-def spilled(stem, width, dtype, target, path):
-    compiled = backward.compile_backward(stem, width, dtype, target)
+def spilled(stem, width, dtype, target, path, **sizes):
+    compiled = backward.compile_backward(stem, width, dtype, target, **sizes)
     return {
         name: cross_compile.resources(kernel, path / "cubin")["spilled"]
         for name, kernel in compiled.items()
@@ -22,10 +23,29 @@ def spilled(stem, width, dtype, target, path):
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-@pytest.mark.parametrize("width", [256, 2816, 4096, 5376, 8192])
+@pytest.mark.parametrize("width", [256, 1024, 2816, 4096, 5376, 8192])
 @pytest.mark.parametrize("stem", backward.STEMS)
 def test_no_target_spills(stem, width, target, tmp_path):
     assert set(spilled(stem, width, BF16, target, tmp_path).values()) == {0}
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("width", [1152, 2048, 4096])
+def test_two_rows_at_once_do_not_spill(width, target, tmp_path):
+    sizes = ("rms_norm_backward", width, BF16, target, tmp_path)
+
+    assert set(spilled(*sizes, num_rows=MANY_ROWS).values()) == {0}
+
+
+def test_two_rows_at_once_where_they_are_many_and_programs_would_drift_apart():
+    def rows(width, num_rows=MANY_ROWS, **sizes):
+        return backward.BackwardLaunch.for_shape(width, num_rows, BF16, **sizes).rows
+
+    assert rows(4096) == 2
+    assert rows(4096, num_rows=16384) == 1, "too few rows to drift"
+    assert rows(4096, operands=3) == 1
+    assert rows(5376) == 1, "a multiprocessor has one program"
+    assert rows(16384) == 1, "rows are not held"
 
 
 # The widest rows that are held in registers, and wider ones.
@@ -87,11 +107,27 @@ def test_offsets_of_rows_have_64_bits(stem):
 @pytest.mark.parametrize(
     ("layout", "target"), [("half", "sm_90"), ("interleaved", "sm_90"), ("half", "gfx942")]
 )
-@pytest.mark.parametrize("width", [128, 256, 512])
+@pytest.mark.parametrize("width", [64, 128, 256, 512, 1024])
 def test_heads_do_not_spill(width, layout, target, tmp_path):
     compiled = backward.compile_heads(width, layout, target)
 
     assert cross_compile.resources(compiled, tmp_path / "cubin")["spilled"] == 0
+
+
+@pytest.mark.parametrize("table_dtype", [BF16, F32])
+@pytest.mark.parametrize("dtype", [BF16, F32, F64])
+def test_heads_on_their_way_have_room_on_a_small_gpu(dtype, table_dtype):
+    """A program of sm_86 and sm_89 may have 99 KiB."""
+    compiled = backward.compile_heads(128, "half", "sm_90", dtype, table_dtype)
+
+    assert compiled.metadata.shared <= 99 * 1024
+
+
+def test_a_program_holds_weights_where_it_holds_x():
+    """Threads that hold others exchange them through shared memory, 16 bits at a time."""
+    compiled = backward.compile_heads(512, "half", "sm_90")
+
+    assert "ld.shared.b16" not in compiled.asm["ptx"]
 
 
 @pytest.mark.parametrize("width", [256, 2816, 4096, 5376])

@@ -1,5 +1,7 @@
 """The kernel of `rms_norm_backward`, also with a sum before or after the norm, interpreted."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -80,6 +82,14 @@ def test_more_rows_than_programs(launch, width, few_programs):
     x = random(23, width)
 
     backward(launch, random(23, width), x, random(width), rstd_of(x), 1.0, tile=few_programs(width))
+
+
+def test_two_wide_rows_at_once(launch, few_programs):
+    x, width = random(23, 1100), 1100
+    tile = few_programs(width)
+    tile = replace(tile, rows=2, num_warps=2 * tile.num_warps)
+
+    backward(launch, random(23, width), x, random(width), rstd_of(x), 1.0, tile=tile)
 
 
 @pytest.mark.parametrize("view", VIEWS)

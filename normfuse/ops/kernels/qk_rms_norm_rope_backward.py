@@ -27,9 +27,10 @@ import triton.language as tl
 from normfuse.ops.kernels import rms_norm_backward
 from normfuse.ops.kernels.row import row_of_tile, row_start, step
 from normfuse.ops.kernels.row_backward import (
-    load_weight,
+    load_held_weight,
     load_wide,
     norm_gradient,
+    sum_of_rows,
     weighted,
     wide_type,
     zeros,
@@ -105,7 +106,7 @@ def _rows(
         sums += (zeros(ROWS, OTHERS, WIDE),)
     weights = ()
     for part in tl.static_range(NUM_PARTS):
-        weights += (load_weight(weight_ptr, parts[part], N),)
+        weights += (load_held_weight(weight_ptr, parts[part], N, ROWS),)
     for tile in tl.range(program, tl.cdiv(num_rows, ROWS), num_programs, num_stages=STAGES):
         row = row_of_tile(tile, ROWS)
         is_row = row < num_rows
@@ -158,7 +159,7 @@ def _rows(
     if partial_ptr is not None:
         for part in tl.static_range(NUM_PARTS):
             at = partial_ptr + program.to(tl.int64) * N + parts[part]
-            tl.store(at, tl.sum(sums[part], axis=0, keep_dims=True), mask=inside[part])
+            tl.store(at, sum_of_rows(sums[part]), mask=inside[part])
 
 
 @triton.jit

@@ -24,9 +24,9 @@ import triton.language as tl
 from normfuse.ops.kernels.constants import NAMES
 from normfuse.ops.kernels.row import row_of_tile
 from normfuse.ops.kernels.row_backward import (
+    load_held_weight,
     load_rstd,
     load_scale,
-    load_weight,
     load_wide,
     norm_gradient,
     store_partial,
@@ -138,8 +138,9 @@ def rms_norm_add_rms_norm_backward_kernel(
     for chunk in tl.static_range(CHUNKS):
         sums_1 += (zeros(ROWS, BLOCK, WIDE),)
         sums_2 += (zeros(ROWS, BLOCK, WIDE),)
-        weights_1 += (load_weight(weight_1_ptr, chunk * BLOCK + all_cols, N),)
-        weights_2 += (load_weight(weight_2_ptr, chunk * BLOCK + all_cols, N),)
+        cols = chunk * BLOCK + all_cols
+        weights_1 += (load_held_weight(weight_1_ptr, cols, N, ROWS),)
+        weights_2 += (load_held_weight(weight_2_ptr, cols, N, ROWS),)
     num_tiles = tl.cdiv(num_rows, ROWS)
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), num_stages=STAGES):
         row = row_of_tile(tile, ROWS)

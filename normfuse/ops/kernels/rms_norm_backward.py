@@ -23,9 +23,9 @@ import triton.language as tl
 from normfuse.ops.kernels.constants import NAMES
 from normfuse.ops.kernels.row import row_of_tile
 from normfuse.ops.kernels.row_backward import (
+    load_held_weight,
     load_rstd,
     load_scale,
-    load_weight,
     mean_of,
     store_gradients,
     store_partial,
@@ -110,7 +110,7 @@ def rms_norm_backward_kernel(
     weights = ()
     for chunk in tl.static_range(CHUNKS):
         sums += (zeros(ROWS, BLOCK, WIDE),)
-        weights += (load_weight(weight_ptr, chunk * BLOCK + all_cols, N),)
+        weights += (load_held_weight(weight_ptr, chunk * BLOCK + all_cols, N, ROWS),)
     num_tiles = tl.cdiv(num_rows, ROWS)
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), num_stages=STAGES):
         row = row_of_tile(tile, ROWS)

@@ -19,11 +19,16 @@ if TYPE_CHECKING:
     from normfuse.ops.rotation import Rotation
     from normfuse.ops.rounding import RoundingPlan
 
-ELEMENTS = 2048  # of 16 bits, of a program's tile, where its rows are no wider
 LEVELS = 3  # of leading dimensions, the most that a kernel addresses
 
-# Programs of 8 warps: three for each of the 132 multiprocessors that tile_backward.py speaks of.
-PROGRAMS = 3 * 132
+# A tile of 8 KiB of x, where rows are no wider, and two vectors of it for each thread: with one,
+# the gradients of Qwen 3's heads took 1.3 times as long on an H200. Half a tile where what is read
+# beside it is so wide that a GPU with 99 KiB of shared memory could not hold the rows to come.
+TILE_BYTES, BYTES_OF_A_THREAD = 8192, 32
+MOST_BYTES = 6  # that are read for a byte of x, itself included
+
+# Programs of 8 warps: two for each of the 132 multiprocessors that tile_backward.py speaks of.
+PROGRAMS = 2 * 132
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class BackwardSlot:
         partial: (programs, N), what each program's rows add to the weight's gradient.
         weight: the one that learns, or None.
         num_programs: that take rows of this x.
-        elements: of a program's tile.
+        threads: that share a tile.
         arguments: pointers, sizes and strides.
         constants: without the slot's number.
     """
@@ -46,7 +51,7 @@ class BackwardSlot:
     partial: torch.Tensor | None
     weight: torch.Tensor | None
     num_programs: int
-    elements: int
+    threads: int
     arguments: tuple[Any, ...]
     constants: dict[str, Any]
 
@@ -76,7 +81,8 @@ class BackwardSlot:
         x, grad = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, grad))
         widths = _widths(x.shape[-1], rotation)
         width = widths.pop("tile")
-        num_tile_rows = max(1, tile_elements(x.dtype) // width)
+        table = tables[0] if tables is not None and rotation is not None else None
+        num_tile_rows = max(1, tile_elements(x, grad, table) // width)
         num_programs = programs
         if isinstance(num_rows(x), int):
             num_programs = min(programs, triton.cdiv(num_rows(x), num_tile_rows))
@@ -84,7 +90,6 @@ class BackwardSlot:
         partial = None
         if learned is not None:
             partial = learned.new_empty((num_programs, x.shape[-1]), dtype=dtype)
-        table = tables[0] if tables is not None and rotation is not None else None
         arguments = (
             x,
             grad,
@@ -110,8 +115,8 @@ class BackwardSlot:
             "OFFSET": offset_of(weight, offset),
             "WIDE": NAMES[dtype],
         }
-        elements = num_tile_rows * width
-        return cls(grad_x, rows, partial, learned, num_programs, elements, arguments, constants)
+        threads = num_tile_rows * width * x.dtype.itemsize // BYTES_OF_A_THREAD
+        return cls(grad_x, rows, partial, learned, num_programs, threads, arguments, constants)
 
     def finished(self) -> torch.Tensor | None:
         """The gradient of x, once the kernel is launched."""
@@ -145,9 +150,11 @@ NO_SLOT = BackwardSlot(
 )
 
 
-def tile_elements(dtype: torch.dtype) -> int:
-    """How many elements a program of 8 warps takes at once, where its rows are no wider."""
-    return ELEMENTS * 2 // max(2, dtype.itemsize)
+def tile_elements(x: torch.Tensor, grad: torch.Tensor, table: torch.Tensor | None) -> int:
+    """How many elements of x a program takes at once, where its rows are no wider."""
+    size = x.dtype.itemsize
+    read = size + grad.dtype.itemsize + (0 if table is None else 2 * table.dtype.itemsize)
+    return TILE_BYTES // size // (1 if read <= MOST_BYTES * size else 2)
 
 
 def _widths(width: int, rotation: Rotation | None) -> dict[str, int]:
@@ -206,7 +213,7 @@ def launch_slots(
         constants: dict[str, Any] = {"COLS": 0 if cos is None else cos.shape[-1]}
         for number, slot in enumerate(padded, start=1):
             constants |= {f"{name}_{number}": value for name, value in slot.constants.items()}
-        elements = max(slot.elements for slot in filled)
+        threads = max(slot.threads for slot in filled)
         with device_of(xs[0], wrap):
             wrap(kernel)[(sum(slot.num_programs for slot in filled),)](
                 cos,
@@ -214,7 +221,7 @@ def launch_slots(
                 1 if cos is None else cos.stride(-1),
                 *(argument for slot in padded for argument in slot.arguments),
                 **constants,
-                num_warps=min(512, max(128, elements // 8)) // WARP_SIZE,
+                num_warps=min(512, max(128, threads)) // WARP_SIZE,
             )
             sums = sum_partials([s.partial for s in filled], [s.weight for s in filled], wrap)
     remaining = iter(sums)

@@ -7,7 +7,7 @@ none.
 import triton
 import triton.language as tl
 
-from normfuse.ops.kernels.row_backward import load_weight, store_partial, zeros
+from normfuse.ops.kernels.row_backward import load_held_weight, store_partial, zeros
 
 
 @triton.jit
@@ -25,13 +25,14 @@ def zero_sums(
 
 @triton.jit
 def load_weights(
-    grad_ptr, weight_ptr, all_cols, N: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr
-):
+    grad_ptr, weight_ptr, all_cols,
+    N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
     """The tiles of a weight; () of a norm that is absent."""
     weights = ()
     if grad_ptr is not None:
         for chunk in tl.static_range(CHUNKS):
-            weights += (load_weight(weight_ptr, chunk * BLOCK + all_cols, N),)
+            weights += (load_held_weight(weight_ptr, chunk * BLOCK + all_cols, N, ROWS),)
     return weights
 
 

@@ -30,6 +30,11 @@ STAGES, MOST_STAGES = 3, 4
 # up to 11 % faster (backward_stages_h200.json).
 BYTES_AHEAD = 56 * 1024
 ROWS_EACH = 4  # at least, of a program, where a multiprocessor has several
+# From so many rows of a program on, programs of a multiprocessor that read two operands drift
+# apart: the older is served first, and the younger ends alone, for 30 us of 147. One program with
+# two rows at once, which its warps work on side by side, is 5 to 9 % faster, and slower than two
+# for fewer rows or more operands (backward_together_h200.json).
+PAIRED_ROWS_EACH, PAIRED_OPERANDS = 96, 2
 # What a program may keep of rows on their way where no GPU says: an H100's. Sums that warps
 # exchange take some of it, too.
 SHARED_MEMORY, EXCHANGED = 227 * 1024, 8 * 1024
@@ -42,8 +47,9 @@ LANES = {2: (8, (3, 4, 2)), 4: (4, (4, 3, 3)), 8: (2, (4, 2, 2))}
 # The same of three norms or four, whose threads need so many registers that 256 take all there are.
 MANY_NORMS = {2: (4, 4), 4: (4, 3), 8: (2, 3)}
 
-# A program of `sum_partials_kernel`: 16 columns are 64 bytes of float32.
-PARTIAL_ROWS, PARTIAL_COLS = 128, 16
+# A program of `sum_partials_kernel`: 16 columns are 64 bytes of float32. Where a multiprocessor has
+# several programs, it takes all their sums at once (backward_sums_h200.json).
+PARTIAL_ROWS, MANY_PARTIAL_ROWS, PARTIAL_COLS = 128, 512, 16
 
 
 @dataclass(frozen=True)
@@ -94,19 +100,14 @@ class BackwardLaunch:
             shared_memory: the bytes that a program may have; decides in how many stages rows are
                 read, which changes no bit.
         """
-        lane, choices = _choices(dtype.itemsize, norms)
-        if cols <= 64 * lane:
-            block = triton.next_power_of_2(cols)
-            rows, chunks, threads, held = 256 * lane // block, 1, 128, True
-        else:
-            fitting = [t for t, most in choices.items() if triton.cdiv(cols, t * lane) <= most]
-            threads, held = (fitting[0], True) if fitting else (max(choices), False)
-            block = threads * lane
-            rows, chunks = 1, triton.cdiv(cols, block)
-        tile_bytes = rows * block * chunks * dtype.itemsize * operands
+        rows, block, chunks, threads, held = _tile(cols, dtype.itemsize, norms)
+        row_bytes = block * chunks * dtype.itemsize * operands
+        programs, stages = num_programs(num_rows, rows, rows * row_bytes)
+        if rows == 1 and held and operands <= PAIRED_OPERANDS and _drift(num_rows, programs):
+            rows, threads = 2, 2 * threads
+            programs, stages = num_programs(num_rows, rows, rows * row_bytes)
         left = max(0, shared_memory - EXCHANGED)
-        programs, stages = num_programs(num_rows, rows, tile_bytes)
-        stages = min(stages, 1 + left // tile_bytes)
+        stages = min(stages, 1 + left // (rows * row_bytes))
         return cls(rows, block, chunks, held, threads // warp_size, programs, stages)
 
     def constants(self) -> dict[str, Any]:
@@ -118,6 +119,27 @@ class BackwardLaunch:
             "HELD": self.held,
             "STAGES": self.stages if self.held else 1,
         }
+
+
+def _tile(cols: int, itemsize: int, norms: int) -> tuple[int, int, int, int, bool]:
+    """Rows of a tile, columns of a chunk, chunks of a row, threads; whether rows are held."""
+    lane, choices = _choices(itemsize, norms)
+    if cols <= 64 * lane:
+        block = triton.next_power_of_2(cols)
+        return 256 * lane // block, block, 1, 128, True
+    if cols <= 128 * lane and norms <= 2:
+        # Half of the warps for each of two rows: up to 10 % faster (backward_together_h200.json).
+        return 2, 64 * lane, triton.cdiv(cols, 64 * lane), 128, True
+    fitting = [t for t, most in choices.items() if triton.cdiv(cols, t * lane) <= most]
+    threads, held = (fitting[0], True) if fitting else (max(choices), False)
+    return 1, threads * lane, triton.cdiv(cols, threads * lane), threads, held
+
+
+def _drift(num_rows: Any, programs: Any) -> bool:
+    """Whether several programs of a multiprocessor have so many rows that they drift apart."""
+    if not isinstance(num_rows, int):
+        return False
+    return bool(programs > PROGRAMS and num_rows >= PAIRED_ROWS_EACH * 2 * PROGRAMS)
 
 
 def _choices(itemsize: int, norms: int) -> tuple[int, dict[int, int]]:
@@ -225,6 +247,7 @@ def sum_partials(
     if not widths:
         return grads
     num_absent = 4 - len(widths)
+    most = max(slots[2::3])
     grid = (triton.cdiv(max(widths), PARTIAL_COLS), len(widths))
     n_1, n_2, n_3, n_4 = widths + [0] * num_absent
     wrap(sum_partials_kernel)[grid](
@@ -234,7 +257,7 @@ def sum_partials(
         N_2=n_2,
         N_3=n_3,
         N_4=n_4,
-        ROWS=PARTIAL_ROWS,
+        ROWS=PARTIAL_ROWS if most <= PROGRAMS else MANY_PARTIAL_ROWS,
         BLOCK=PARTIAL_COLS,
         num_warps=4,
     )
