@@ -171,6 +171,13 @@ def scaled_as_complex(x, cos, sin):
     return torch.view_as_real(pairs * cos[..., : rotary.DIM // 2].float()).flatten(-2).type_as(x)
 
 
+def halves_as_complex(x, cos, sin):
+    """Gemma's of its authors: column j and j + D / 2 are one complex number."""
+    turns = torch.complex(cos.float(), sin.float())[..., : rotary.DIM // 2]
+    halves = torch.view_as_complex(torch.stack(x.float().chunk(2, dim=-1), dim=-1))
+    return torch.cat(torch.view_as_real(halves * turns).unbind(-1), dim=-1).to(x.dtype)
+
+
 def tables_of_two_types(x, cos, sin):
     return (x * cos.float() + rotary.rotate_half(x) * sin).type_as(x)
 
@@ -180,6 +187,7 @@ def whole_numbers(x, cos, sin):
 
 
 LOOKALIKES = (
+    halves_as_complex,
     scaled_as_complex,
     tables_of_two_types,
     whole_numbers,

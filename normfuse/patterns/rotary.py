@@ -94,9 +94,10 @@ def _rotation(value: Columns, out: torch.dtype) -> tuple[Rotation, Table, Table]
         layout = _layout(terms[cos], terms[sin], numbers, columns)
         if layout is None or not _is_only_at(terms[sin], columns):
             continue
-        layout = "complex" if cos.part else layout
-        if (layout == "complex") != (cos.part == "real"):
-            continue
+        if cos.part:
+            if cos.part != "real" or layout != "interleaved":
+                continue  # no op turns halves as complex numbers do
+            layout = "complex"
         return Rotation(layout, dim, value.dtype, out, start=start), cos, sin
     return None
 
