@@ -17,6 +17,7 @@ from normfuse.patterns.mutation import Mutations
 from normfuse.patterns.rms_norm import find_site
 from normfuse.patterns.rule import Context, Rule
 from normfuse.patterns.statistic import Candidate
+from normfuse.patterns.templates import write_types
 from normfuse.settings import Settings
 
 log = logging.getLogger("normfuse")
@@ -49,6 +50,7 @@ class Recognise:
             For each op, the roots of its statistics: nodes that are in the graph no more.
         """
         write_out_of_place(graph)
+        write_types(graph)
         context = Context(graph, Mutations(graph), self.fake_key, self.settings.numerics)
         sites: dict[Node, list[Node]] = {}
         for node in list(graph.nodes):
