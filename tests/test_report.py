@@ -5,10 +5,16 @@ import io
 import json
 
 import pytest
+import torch
+import torch.nn.functional as F
 from expecttest import TestCase
 from rich.console import Console
 
+import normfuse
+from normfuse.explain import explain_with
+from normfuse.passes import lower
 from normfuse.report import Report, Site, group_sites, join_paths
+from tests.blocks import activation
 
 NO_CUDA = "the activations are on cpu, and the kernels are for CUDA"
 SOURCE = "/lib/transformers/models/gemma3/modeling_gemma3.py:150"
@@ -236,3 +242,76 @@ def test_html_lists_declined_sites_first():
 
 def test_html_of_no_sites():
     assert "<p>No RMS norms were found." in Report(before="graph")._repr_html_()
+
+
+def norm(x):
+    """The one function that all norms of a model share, as in nanochat (gpt.py)."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def sandwich(x, residual):
+    """A norm by itself, two that one op joins around a sum, and one whose sum comes first."""
+    residual = residual + norm(norm(x).sin())
+    return norm(residual), residual, norm(residual.cos() + x)
+
+
+def two_widths(x):
+    return norm(x), norm(torch.cat([x, x.sin()], dim=-1))
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+class TestNormsThatShareALine:
+    """All sites have one module and one source; each says what became of itself."""
+
+    def test_each_names_its_own_op(self, grad):
+        x, residual = (activation(4).requires_grad_(grad) for _ in range(2))
+
+        report = explain_with(sandwich, [x, residual], options={"normfuse.lowering": "op"})
+
+        assert len({(site.module, site.source) for site in report.sites}) == 1
+        ops = ["rms_norm", "rms_norm_add_rms_norm", "rms_norm_add_rms_norm", "add_rms_norm"]
+        assert [(site.op, site.lowering) for site in report.sites] == [(op, "op") for op in ops]
+        assert all(report.after.count(f"normfuse.{op}.default(") == 1 for op in ops)
+        assert "1 norm in rms_norm\n" in str(report)
+        assert "2 norms in rms_norm_add_rms_norm\n" in str(report)
+        assert "1 norm in add_rms_norm\n" in str(report)
+
+    def test_each_has_its_own_form(self, grad, monkeypatch):
+        def form_of(self, node):
+            width = node.args[0].meta["val"].shape[-1]
+            return ("op", "wide") if width == 16 else ("inline", "narrow")
+
+        monkeypatch.setattr(lower.Lower, "form_of", form_of)
+        x = activation(4).requires_grad_(grad)
+
+        report = explain_with(two_widths, [x], options={"normfuse.lowering": "op"})
+
+        assert [(site.lowering, site.lowering_reason) for site in report.sites] == [
+            ("inline", "narrow"),
+            ("op", "wide"),
+        ]
+
+    def test_each_has_the_numbers_of_its_own_measurement(self, grad, monkeypatch, tmp_path):
+        monkeypatch.setattr(lower, "KERNEL_DEVICES", ("cpu",))
+        monkeypatch.setenv("NORMFUSE_CACHE_DIR", str(tmp_path))
+        monkeypatch.setattr("normfuse.passes.choice.device_name", lambda device: "A GPU")
+
+        report = normfuse.explain(two_widths, activation(4).requires_grad_(grad))
+
+        for site, width in zip(report.sites, (8, 16), strict=True):
+            assert f"for rms_norm of width {width} at 4 rows" in site.lowering_reason
+
+    def test_one_that_is_declined_leaves_the_others_alone(self, grad):
+        def blocks(x, angles):
+            return norm(x.sin() + x), norm(angles), norm(x)
+
+        def norm(x):
+            return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+        x = activation(4).requires_grad_(grad)
+        report = normfuse.explain(blocks, x, torch.randn(4, 8, dtype=torch.complex64))
+
+        became = {(site.op, site.reason) for site in report.sites}
+        complex_ = "the statistic is computed in torch.complex64, which no kernel has"
+        assert became == {("add_rms_norm", None), (None, complex_), ("rms_norm", None)}
+        assert [site.lowering for site in report.sites if not site.fused] == [None]

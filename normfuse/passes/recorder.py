@@ -16,14 +16,23 @@ from normfuse.report import Report, Site
 
 @dataclass(frozen=True)
 class Place:
-    """Where in the user's model a node comes from; it survives autograd, unlike the node."""
+    """Where in the user's model a node comes from; it survives autograd, unlike the node.
+
+    Attributes:
+        module: path of the module.
+        source: the line of the user's code, "path/to/file.py:123".
+        call: names of the call in Dynamo's graph, outermost first: the norms of a model that has
+            one function `norm(x)` share its line, and in one module everything but their calls.
+    """
 
     module: str
     source: str
+    call: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, node: Node) -> Place:
-        return cls(module_path(node.meta.get("nn_module_stack")), _source(node))
+        path = module_path(node.meta.get("nn_module_stack"))
+        return cls(path, _source(node), tuple(name for name, _ in _calls(node)))
 
 
 def module_path(stack: Any) -> str:
@@ -45,6 +54,11 @@ def _source(node: Node) -> str:
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
     theirs = [frame for frame in frames if not frame[0].startswith(_TORCH)]
     return ":".join((theirs or frames)[-1]) if frames else ""
+
+
+def _calls(node: Node) -> list[tuple[str, Any]]:
+    """The calls that Dynamo captured around a node; a gradient has none of its own."""
+    return node.meta.get("source_fn_stack") or []
 
 
 @dataclass
