@@ -56,6 +56,7 @@ def test_root_scales_another_value():
     [
         lambda x: F.normalize(x, dim=-1),
         lambda x: x / x.norm(dim=-1, keepdim=True).clamp_min(EPS),
+        lambda x: x / (x.norm(dim=-1, keepdim=True) * WIDTH**-0.5).clamp(min=EPS),
     ],
 )
 def test_root_is_clamped(normalize):
@@ -64,12 +65,55 @@ def test_root_is_clamped(normalize):
     )
 
 
-def test_eps_beside_the_root():
-    def norm(x):
-        return x / (x.pow(2).mean(-1, keepdim=True).sqrt() + EPS)
+def cosmos_norm(x):
+    """As CosmosLearnablePositionalEmbed of diffusers, and as `normalize` of EDM 2."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    length = torch.add(EPS, length, alpha=(length.numel() / x.numel()) ** 0.5)
+    return x / length.to(x.dtype)
 
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda x: x / (x.pow(2).mean(-1, keepdim=True).sqrt() + EPS),
+        lambda x: x / (x.norm(dim=-1, keepdim=True) * WIDTH**-0.5 + EPS),
+        lambda x: x / (x[0, 0] * x.norm(dim=-1, keepdim=True) + EPS),
+        lambda x: x * (x.float().norm(dim=-1, keepdim=True).reciprocal() + EPS),
+        cosmos_norm,
+    ],
+)
+def test_eps_beside_the_root(norm):
     assert declined(norm, activation(2)) == (
         "something is added to the root, where an eps would be added under it"
+    )
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda x: x / (x.norm(dim=-1, keepdim=True) * WIDTH**-0.5),
+        lambda x: x / (x.norm(dim=-1).unsqueeze(-1) / WIDTH**0.5),
+        lambda x: x * (x.norm(dim=-1, keepdim=True) * WIDTH**-0.5) ** -1,
+        lambda x: x * (x.norm(dim=-1, keepdim=True) * WIDTH**-0.5).reciprocal(),
+    ],
+)
+def test_root_is_scaled(norm):
+    assert declined(norm, activation(2)) == (
+        "the root is scaled before it divides: no plan has the rounding of that product"
+    )
+
+
+@pytest.mark.parametrize(
+    "statistic",
+    [
+        lambda x: x.norm(dim=-1, keepdim=True).reciprocal(),
+        lambda x: (x.norm(dim=-1, keepdim=True) * WIDTH**-0.5).mean(),
+        lambda x: x * x.norm(dim=-1, keepdim=True).expand(2, WIDTH) + x,
+    ],
+)
+def test_root_that_normalises_nothing(statistic):
+    assert declined(statistic, activation(2, dtype=torch.float32)) == (
+        "no product of the squared value and its inverse root follows the statistic"
     )
 
 

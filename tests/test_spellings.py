@@ -10,6 +10,9 @@ from normfuse.testing import capture
 WIDTH = 48  # no power of two: a mean that is taken as a product with 1 / N rounds differently
 EPS = 1e-6
 
+# torch says that it is slower with operands of two types.
+pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype")
+
 WEIGHTED = {}
 WEIGHTLESS = {}
 
@@ -97,6 +100,34 @@ def functional_default_eps(x, w):
 @weightless
 def functional_weightless(x):
     return F.rms_norm(x, (WIDTH,), eps=EPS)
+
+
+@weighted
+def functional_of_a_cast(x, w):
+    """`RMSNorm` of torchtune."""
+    return F.rms_norm(x.float(), (WIDTH,), w, EPS).to(x.dtype)
+
+
+@weighted
+def functional_of_a_cast_with_an_offset(x, w):
+    """`RMSNorm` of Krea 2."""
+    return F.rms_norm(x.float(), (WIDTH,), w.float() + 1.0, EPS).to(x.dtype)
+
+
+@weighted
+def functional_of_a_cast_that_stays_wide(x, w):
+    return F.rms_norm(x.float(), (WIDTH,), w.float(), EPS)
+
+
+@weighted
+def functional_rounded_twice(x, w):
+    """The call rounds, so that a cast behind it is another step."""
+    return F.rms_norm(x, (WIDTH,), w, EPS).float(), x
+
+
+@weightless
+def functional_weightless_of_a_cast(x):
+    return F.rms_norm(x.float(), (WIDTH,), eps=EPS).type_as(x)
 
 
 @weightless
@@ -287,6 +318,40 @@ def test_with_mixed_types(spelling, x, weight):
 @pytest.mark.parametrize("shape", [(), (3,), (2, 1, 3), (2, 3, 4, 5)], ids=str)
 def test_with_any_rank(shape):
     check(llama, torch.randn(*shape, WIDTH).bfloat16(), torch.randn(WIDTH).bfloat16())
+
+
+@pytest.mark.parametrize(
+    "spelling", ["functional_of_a_cast", "functional_of_a_cast_with_an_offset"]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_call_on_a_cast_with_gradients(spelling, dtype):
+    def gradients(function):
+        generator = torch.Generator().manual_seed(0)
+        x, w = (torch.randn(*size, WIDTH, generator=generator) for size in ((5, 7), ()))
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in (x, w)]
+        y = function(*leaves)
+        return y, *torch.autograd.grad(y.float().square().sum(), leaves)
+
+    ours = gradients(capture(WEIGHTED[spelling], lowering="op"))
+
+    check(WEIGHTED[spelling], torch.randn(5, 7, WIDTH).to(dtype), torch.randn(WIDTH).to(dtype))
+    for one, other in zip(ours, gradients(WEIGHTED[spelling]), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_call_on_a_cast_joins_the_sum_before_it():
+    def block(x, residual, w):
+        total = x + residual
+        return functional_of_a_cast(total, w), total
+
+    inputs = [torch.randn(5, WIDTH).bfloat16() for _ in range(2)] + [torch.randn(WIDTH).bfloat16()]
+    with torch.no_grad():
+        report = explain_with(block, inputs, options={"normfuse.lowering": "op"})
+        rewritten = capture(block, lowering="op")(*inputs)
+
+        assert [site.op for site in report.sites] == ["add_rms_norm"]
+        for ours, theirs in zip(rewritten, block(*inputs), strict=True):
+            assert torch.equal(ours, theirs)
 
 
 def test_eps_before_the_mean_of_a_single_row():

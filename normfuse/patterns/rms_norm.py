@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -20,12 +20,19 @@ from normfuse.patterns.micro_ops import (
     fake_mode,
     fake_of,
     kind_of,
-    micro_op,
     same_layout,
+    spelling,
     tensor,
 )
 from normfuse.patterns.rule import Context, Rule, emit, erase, result
-from normfuse.patterns.scaling import Scaling, read_scaling
+from normfuse.patterns.scaling import (
+    Scaling,
+    path_between,
+    read_scaling,
+    read_weight,
+    uncast,
+    users_of,
+)
 from normfuse.patterns.statistic import Candidate, Statistic, find_statistic, read_statistic
 
 
@@ -53,7 +60,7 @@ class Norm:
 def find_site(node: Node) -> Candidate | Node | None:
     """The RMS statistic that `node` is the root of: a candidate, one call of torch, or None."""
     if kind_of(node) in (Kind.RMS_NORM, Kind.VECTOR_NORM):
-        return node if micro_op(node) is not None else None
+        return node if spelling(node) is not None else None
     return find_statistic(node)
 
 
@@ -121,7 +128,7 @@ def _read_call(node: Node) -> Norm:
         raise Decline(f"the weight is {dtype(weight)}, which no rounding plan has")
     plan = _plan_of_call(node, x, weight)
     eps = cast("float | Node | None", given.get("eps"))
-    return Norm(
+    norm = Norm(
         x=x,
         weight=weight,
         eps=torch.finfo(plan.compute).eps if eps is None else eps,
@@ -132,6 +139,31 @@ def _read_call(node: Node) -> Norm:
         rstd=None,
         nodes=(node,),
     )
+    return _with_casts(norm) if plan.out == dtype(x) else norm
+
+
+def _with_casts(norm: Norm) -> Norm:
+    """With the casts and the offset around a call: `F.rms_norm(x.float(), ..., w + 1).to(bf16)`."""
+    x, plan = uncast(norm.x), norm.plan
+    norm = replace(norm, x=x, copies=path_between(norm.x, x))
+    weight = None if norm.weight is None else read_weight(norm.weight, fake_of(x).shape[-1])
+    if weight is not None:
+        plan = replace(plan, weight=weight.dtypes)
+        copies = (*norm.copies, *weight.copies)
+        norm = replace(norm, weight=weight.node, offset=weight.offset, copies=copies)
+    cast_behind = _only_cast(norm.last)
+    if cast_behind is not None and plan.out in (plan.compute, dtype(cast_behind)):
+        plan = replace(plan, out=dtype(cast_behind))
+        norm = replace(norm, last=cast_behind, nodes=(*norm.nodes, cast_behind))
+    return replace(norm, plan=plan)
+
+
+def _only_cast(node: Node) -> Node | None:
+    """The cast that is all that becomes of a node."""
+    users = users_of(node)
+    if len(users) != 1 or kind_of(users[0]) is not Kind.CAST or dtype(users[0]) not in FLOATS:
+        return None
+    return users[0]
 
 
 def _plan_of_call(node: Node, x: Node, weight: Node | None) -> RoundingPlan:

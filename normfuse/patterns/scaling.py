@@ -20,6 +20,7 @@ from normfuse.patterns.micro_ops import (
     dtype,
     fake_of,
     keeps_rows,
+    kind_of,
     micro_op,
     pairs,
     same_sizes,
@@ -131,7 +132,7 @@ def _read_product(statistic: Statistic) -> Product:
                 _check_column(inverse, statistic.h)
                 x = uncast(value)
                 rstd = _rounded_to(statistic, path)
-                copies = (*_between(value, x), *_between(statistic.h, x))
+                copies = (*path_between(value, x), *path_between(statistic.h, x))
                 return Product(user, x, inverse, kind, rstd, (*path, user), copies)
             others.append(user)
     if others:
@@ -140,15 +141,41 @@ def _read_product(statistic: Statistic) -> Product:
 
 
 def _why_no_product(statistic: Statistic) -> str:
-    users = [user for inverse, _, _ in _inverses(statistic) for user in inverse.users]
-    ops = [op for op in map(micro_op, users) if op is not None]
-    if any(op.kind is Kind.CLAMP for op in ops):
+    uses = list(_uses_of_root(statistic))
+    kinds = {kind_of(user) for user, _, _ in uses}
+    if Kind.CLAMP in kinds:
         return "the root is clamped (F.normalize does so), where an eps would be added under it"
-    if any(op.kind is Kind.ADD for op in ops):
+    if Kind.ADD in kinds:
         return "something is added to the root, where an eps would be added under it"
-    if any(_inverts(op.kind, op.operands) for op in ops):
+    divided = [(root, is_scaled) for user, root, is_scaled in uses if _divides_by(root, user)]
+    if any(is_scaled for _, is_scaled in divided):
+        return "the root is scaled before it divides: no plan has the rounding of that product"
+    if any(root is not statistic.root for root, _ in divided):
         return "the root is cast or reshaped before it is inverted: its roundings cannot be read"
     return "no product of the squared value and its inverse root follows the statistic"
+
+
+def _uses_of_root(statistic: Statistic) -> Iterator[tuple[Node, Node, bool]]:
+    """The readers of the root and of what is made of it, what they read, whether that is scaled."""
+    is_scaled, waiting = {statistic.root: False}, [statistic.root]
+    while waiting:
+        root = waiting.pop()
+        for user in root.users:
+            yield user, root, is_scaled[root]
+            op = micro_op(user)
+            if op is None or user in is_scaled:
+                continue
+            is_per_row = same_sizes([fake_of(user).numel()], [fake_of(statistic.root).numel()])
+            scales = op.kind in (Kind.MUL, Kind.DIV) and is_per_row
+            if scales or op.kind in (Kind.CAST, Kind.VIEW) or _inverts(op.kind, op.operands):
+                is_scaled[user] = is_scaled[root] or scales
+                waiting.append(user)
+
+
+def _divides_by(root: Node, user: Node) -> bool:
+    op = micro_op(user)
+    divides = op is not None and op.kind is Kind.DIV and op.operands[1] is root
+    return divides or (op is not None and _inverts(op.kind, op.operands))
 
 
 def _inverses(statistic: Statistic) -> Iterator[tuple[Node, str, tuple[Node, ...]]]:
@@ -220,7 +247,7 @@ def uncast(node: Node) -> Node:
     return node
 
 
-def _between(node: Node, source: Node) -> tuple[Node, ...]:
+def path_between(node: Node, source: Node) -> tuple[Node, ...]:
     """The casts, views and offsets from a node back to the value that they were made of."""
     path = []
     while node is not source:
@@ -240,9 +267,14 @@ def check_promotion(node: Node, left: Node, right: Node) -> None:
         )
 
 
+def users_of(node: Node) -> list[Node]:
+    """All users but the assertions of shapes and types that torch adds."""
+    return [user for user in node.users if "_assert_" not in str(user.target)]
+
+
 def _extend(scaling: Scaling, is_weightless: bool) -> Scaling | None:
     """The scaling with one more node; None at its end."""
-    users = [user for user in scaling.last.users if "_assert_" not in str(user.target)]
+    users = users_of(scaling.last)
     if len(users) != 1:
         return None
     (user,) = users
@@ -335,13 +367,13 @@ def read_weight(factor: Node, width: int) -> Weight | None:
             plain = _peel_cast(value)
             if dtype(value) == dtype(candidate) and _is_vector(plain, width):
                 types = (dtype(candidate), multiplied)
-                return Weight(plain, float(offset), types, _between(factor, plain))
+                return Weight(plain, float(offset), types, path_between(factor, plain))
     plain = _peel_cast(node)
     if _is_vector(plain, width):
-        return Weight(plain, 0.0, (multiplied, multiplied), _between(factor, plain))
+        return Weight(plain, 0.0, (multiplied, multiplied), path_between(factor, plain))
     if not _is_vector(node, width):
         return None
-    return Weight(node, 0.0, (multiplied, multiplied), _between(factor, node))
+    return Weight(node, 0.0, (multiplied, multiplied), path_between(factor, node))
 
 
 def _peel_cast(node: Node) -> Node:
