@@ -9,6 +9,7 @@ from tests.kernels.inputs import BF16, F32, F64
 pytest.importorskip("triton", reason="compiles with triton")
 cross_compile = pytest.importorskip("tests.kernels.cross_compile")
 backward = pytest.importorskip("tests.kernels.cross_compile_gated_backward")
+GATES = ("gate last", "gate first", "gates of groups")
 SHARED_MEMORY = 227 * 1024  # of a program on sm_90, in bytes
 
 
@@ -24,6 +25,13 @@ def spilled(stem, width, dtype, target, path):
 @pytest.mark.parametrize("width", [256, 4096, 8192])
 @pytest.mark.parametrize("stem", backward.STEMS)
 def test_no_target_spills(stem, width, target, tmp_path):
+    assert set(spilled(stem, width, BF16, target, tmp_path).values()) == {0}
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("width", [64, 128, 1024])
+@pytest.mark.parametrize("stem", GATES)
+def test_rows_that_share_a_weight_do_not_spill(stem, width, target, tmp_path):
     assert set(spilled(stem, width, BF16, target, tmp_path).values()) == {0}
 
 
@@ -44,6 +52,14 @@ def test_rows_on_their_way_have_room(stem, width, dtype):
     kernel, *_ = backward.compile_backward(stem, width, dtype, "sm_90").values()
 
     assert kernel.metadata.shared <= SHARED_MEMORY
+
+
+@pytest.mark.parametrize("stem", GATES)
+def test_a_program_holds_weights_where_it_holds_x(stem):
+    """Threads that hold others exchange them through shared memory, 16 bits at a time."""
+    kernel, *_ = backward.compile_backward(stem, 128, BF16, "sm_90").values()
+
+    assert "ld.shared.b16" not in kernel.asm["ptx"]
 
 
 @pytest.mark.parametrize("stem", backward.STEMS)

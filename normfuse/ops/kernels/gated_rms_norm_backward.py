@@ -32,11 +32,13 @@ from normfuse.ops.kernels.constants import NAMES, target
 from normfuse.ops.kernels.row import row_of_tile, row_start
 from normfuse.ops.kernels.row_backward import (
     add_to_partial,
+    load_held_weight,
     load_rstd,
     load_weight,
     load_wide,
     norm_gradient,
     store_partial,
+    weight_at,
     weighted,
     wide_type,
     zeros,
@@ -129,16 +131,13 @@ def _store_gradients(
 
 @triton.jit
 def _held_row(
-    sums, weight_ptr, grad_y_ptr, x_ptr, gate_ptr, grad_x_ptr, grad_gate_ptr,
+    sums, weights, weight_ptr, grad_y_ptr, x_ptr, gate_ptr, grad_x_ptr, grad_gate_ptr,
     rstd, is_row, all_cols,
     N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
     GATE_FIRST: tl.constexpr, ACTIVATION: tl.constexpr, OFFSET: tl.constexpr, WIDE: tl.constexpr,
     ON: tl.constexpr,
 ):  # fmt: skip
-    """One tile of rows, read once; returns the sums of the weight's gradient with its own.
-
-    The weight comes from the cache for each row: held, it would leave too few registers.
-    """
+    """One tile of rows, read once; returns the sums of the weight's gradient with its own."""
     TYPE: tl.constexpr = wide_type(WIDE)
     products = zeros(ROWS, BLOCK, WIDE)
     grads = ()
@@ -154,7 +153,8 @@ def _held_row(
         xs += (x,)
         gates += (gate,)
         products += _products(
-            grad.to(TYPE), x.to(TYPE), gate.to(TYPE), load_weight(weight_ptr, cols, N),
+            grad.to(TYPE), x.to(TYPE), gate.to(TYPE),
+            weight_at(weights, weight_ptr, cols, chunk, N, ROWS),
             GATE_FIRST, ACTIVATION, OFFSET, WIDE,
         )  # fmt: skip
     mean = tl.sum(products, axis=1, keep_dims=True) * rstd * (1.0 / N)
@@ -165,8 +165,9 @@ def _held_row(
         cols = chunk * BLOCK + all_cols
         addend = _store_gradients(
             grads[chunk].to(TYPE), xs[chunk].to(TYPE), gates[chunk].to(TYPE),
-            load_weight(weight_ptr, cols, N), rstd, mean, grad_x_ptr, grad_gate_ptr,
-            cols, is_row & (cols < N), GATE_FIRST, ACTIVATION, OFFSET, WIDE,
+            weight_at(weights, weight_ptr, cols, chunk, N, ROWS), rstd, mean,
+            grad_x_ptr, grad_gate_ptr, cols, is_row & (cols < N),
+            GATE_FIRST, ACTIVATION, OFFSET, WIDE,
         )  # fmt: skip
         added += (sums[chunk] + addend,)
     return added
@@ -221,8 +222,11 @@ def gated_rms_norm_backward_kernel(
         weight_ptr += which * N
     all_cols = tl.arange(0, BLOCK)[None, :]
     sums = ()
-    for _chunk in tl.static_range(CHUNKS):
+    weights = ()
+    for chunk in tl.static_range(CHUNKS):
         sums += (zeros(ROWS, BLOCK, WIDE),)
+        if ROWS > 1:
+            weights += (load_held_weight(weight_ptr, chunk * BLOCK + all_cols, N, ROWS),)
     num_tiles = tl.cdiv(num_rows // WEIGHTS, ROWS)
     step = tl.num_programs(0) // WEIGHTS
     for tile in tl.range(tl.program_id(0) // WEIGHTS, num_tiles, step, num_stages=STAGES):
@@ -244,7 +248,7 @@ def gated_rms_norm_backward_kernel(
         grad_gate_row = None if grad_gate_ptr is None else grad_gate_ptr + row * N
         if HELD:
             sums = _held_row(
-                sums, weight_ptr, grad_y_row, x_row, gate_row, grad_x_row, grad_gate_row,
+                sums, weights, weight_ptr, grad_y_row, x_row, gate_row, grad_x_row, grad_gate_row,
                 rstd, is_row, all_cols,
                 N, ROWS, BLOCK, CHUNKS, GATE_FIRST, ACTIVATION, OFFSET, WIDE, ON,
             )  # fmt: skip

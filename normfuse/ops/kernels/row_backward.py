@@ -60,6 +60,15 @@ def load_held_weight(weight_ptr, cols, N: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
+def weight_at(weights, weight_ptr, cols, chunk: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr):
+    """One tile of the weight: held where several rows share it, else from the cache for each row.
+
+    Beside a wide row of a gated or modulated norm, a held weight would leave too few registers.
+    """
+    return weights[chunk] if ROWS > 1 else load_weight(weight_ptr, cols, N)
+
+
+@triton.jit
 def load_scale(pointer, NUMBER: tl.constexpr, WIDE: tl.constexpr):
     """A factor of a residual sum: its number times its tensor's element, where present; (1, 1)."""
     scale = tl.full([1, 1], 1.0 if NUMBER is None else NUMBER, wide_type(WIDE))
