@@ -11,6 +11,7 @@ from normfuse.capturing import fresh
 from normfuse.cli import tiny_models
 from normfuse.passes import inductor
 from normfuse.passes.recognise import is_op
+from tests import rotary
 
 # Norms alone, with sums and scales, and with the heads' RoPE: `olmo2` has whole projections before
 # its RoPE. Heads that are normalised before they are transposed, as in Qwen 3, are so afterwards.
@@ -66,6 +67,24 @@ def test_the_plain_forms_stand_where_the_model_had_them(name):
     assert any(is_op(node) for node in ops.nodes), "there is something to be inline"
     for number, (one, other) in enumerate(zip_longest(steps(inline), steps(plain))):
         assert one == other, f"node {number}"
+
+
+@pytest.mark.guarantee
+def test_complex_tables_stay_whole():
+    """Inductor has no code for complex numbers: a table that is put together is a call more."""
+    inputs = dict(zip(("x", "cos", "sin"), (rotary.hidden_states(), *rotary.tables()), strict=True))
+    model = rotary.Attention(rotary.SPELLINGS["llama4"]).bfloat16()
+    plain = final_graph(model, inputs, {})
+    inline = final_graph(model, inputs, patches(None, {"normfuse.lowering": "inline"}))
+
+    def calls(graph):
+        names = ("aten.complex", "view_as_complex", "view_as_real")
+        targets = [str(node.target) for node in graph.nodes]
+        return [sum(name in target for target in targets) for name in names]
+
+    tables, *turns = calls(plain)
+    assert (tables, turns) == (2, [2, 2]), "one table each for q and k"
+    assert calls(inline) == [1, *turns]
 
 
 def test_an_order_that_the_user_gave_the_nodes_stays():

@@ -29,6 +29,9 @@ log = logging.getLogger("normfuse")
 # not, and Inductor fuses by the order of the nodes.
 IN_ORDER = "normfuse_in_order"
 
+_SELECTS = {torch.select, torch.ops.aten.select.int}
+_PAIRS = {torch.view_as_real, torch.ops.aten.view_as_real.default}
+
 KERNEL_DEVICES = ("cuda",)  # ROCm calls itself that, too
 
 
@@ -64,8 +67,10 @@ class Lower:
                 add_check(node, self.settings.check_interval)
             if lowering != "op":
                 _splice(node, lowering, traced)
-        if is_in_order and "inline" in counts:
-            inductor.put_in_order(graph)
+        if "inline" in counts:
+            _leave_tables_whole(graph)
+            if is_in_order:
+                inductor.put_in_order(graph)
         if "triton" in counts:
             share_operands(graph)
             write_over_gradients(graph)
@@ -114,6 +119,31 @@ def _splice(node: Node, lowering: str, traced: dict[Any, Form]) -> None:
             user.replace_all_uses_with(replacement)
         node.graph.erase_node(user)
     node.graph.erase_node(node)
+
+
+def _leave_tables_whole(graph: Graph) -> None:
+    """A complex table that was taken apart for an op, and that its plain form puts together again.
+
+    Inductor generates no code for complex numbers: that would be one call more for every table.
+    """
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.complex.default):
+        (whole, first), (other, second) = map(_part_of, node.args)
+        if whole is not None and whole is other and (first, second) == (0, 1):
+            node.replace_all_uses_with(whole)
+            parts = node.all_input_nodes
+            for unused in (node, *parts, *dict.fromkeys(part.args[0] for part in parts)):
+                if not unused.users:
+                    graph.erase_node(unused)
+
+
+def _part_of(node: Any) -> tuple[Node | None, int]:
+    """The complex node of which another is the real part, 0, or the imaginary, 1."""
+    if getattr(node, "target", None) not in _SELECTS:
+        return None, 0
+    pairs, dim, index = node.args
+    if pairs.target not in _PAIRS or dim not in (-1, pairs.meta["val"].dim() - 1):
+        return None, 0
+    return pairs.args[0], index
 
 
 def _signature(argument: Any) -> Any:
