@@ -70,9 +70,24 @@ def partial_behind(x, cos, sin):
     return torch.cat([passed, llama(turned, cos, sin)], dim=-1)
 
 
+def back(x, cos, sin):
+    """By the negative angle."""
+    return (x * cos) - (rotate_half(x) * sin)
+
+
+def back_by_negative_tables(x, cos, sin):
+    """`apply_rotary_emb` of nanochat."""
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = cos[..., : DIM // 2], sin[..., : DIM // 2]
+    return torch.cat((first * cos + second * sin, first * (-sin) + second * cos), dim=-1)
+
+
 SPELLINGS = {
     function.__name__: function
-    for function in (llama, chunks, gpt_oss, cohere, neighbours, llama4, partial, partial_behind)
+    for function in (
+        *(llama, chunks, gpt_oss, cohere, neighbours, llama4, partial, partial_behind),
+        *(back, back_by_negative_tables),
+    )
 }
 
 
@@ -174,6 +189,30 @@ class NormAfterRotary(Attention):
         v = self.v_proj(x).view(shape).transpose(1, 2)
         q, k = self.rotary(q, cos, sin), self.rotary(k, cos, sin)
         return attend(self.q_norm(q), self.k_norm(k), v)
+
+
+class LowRank(nn.Module):
+    """`DeepseekV3Attention`: q and k are projected from normalised values of few columns."""
+
+    RANKS = (24, 16)
+
+    def __init__(self, norm=LlamaRMSNorm):
+        super().__init__()
+        self.q_a_proj = nn.Linear(WIDTH, self.RANKS[0], bias=False)
+        self.q_a_layernorm = norm(self.RANKS[0])
+        self.q_b_proj = nn.Linear(self.RANKS[0], WIDTH, bias=False)
+        self.kv_a_proj = nn.Linear(WIDTH, self.RANKS[1] + DIM, bias=False)
+        self.kv_a_layernorm = norm(self.RANKS[1])
+        self.kv_b_proj = nn.Linear(self.RANKS[1], 2 * WIDTH, bias=False)
+
+    def forward(self, x):
+        shape = (*x.shape[:-1], -1, DIM)
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))).view(shape).transpose(1, 2)
+        compressed, shared = self.kv_a_proj(x).split([self.RANKS[1], DIM], dim=-1)
+        kv = self.kv_b_proj(self.kv_a_layernorm(compressed))
+        k, v = (part.view(shape).transpose(1, 2) for part in kv.chunk(2, dim=-1))
+        k = k + shared.view(shape).transpose(1, 2)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
 
 
 def attend(q, k, v):

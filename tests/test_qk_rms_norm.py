@@ -49,6 +49,50 @@ def test_transposed_and_packed_heads_are_read_in_place(kind, spelling, dtype):
 
 
 @DTYPES
+@pytest.mark.parametrize("spelling", ["llama", "gpt_oss", "neighbours"])
+def test_a_module_of_torch_on_transposed_heads(spelling, dtype):
+    """Its result lies row by row, so that the op's is copied; RoPE behind it makes that needless"""
+    block = rotary.NormAfterTranspose(rotary.SPELLINGS[spelling], torch.nn.RMSNorm).to(dtype)
+    found = ops(block, rotary.hidden_states(dtype), *rotary.tables(dtype))
+    assert found == (["qk_rms_norm_rope"] * 2, ["qk_rms_norm_rope"])
+
+
+@DTYPES
+def test_tables_that_each_call_computes(dtype):
+    def of_angles(x, cos, sin):
+        return rotary.llama(x, torch.cos(cos), torch.sin(cos))
+
+    found = ops(
+        rotary.Attention(of_angles).to(dtype), rotary.hidden_states(dtype), *rotary.tables(dtype)
+    )
+    assert found == (["qk_rms_norm_rope"] * 2, ["qk_rms_norm_rope"])
+
+
+@DTYPES
+@pytest.mark.parametrize("spelling", ["gpt_oss", "neighbours", "back_by_negative_tables"])
+def test_norms_behind_rope_that_is_put_together_again(spelling, dtype):
+    block = rotary.NormAfterRotary(rotary.SPELLINGS[spelling]).to(dtype)
+    found = ops(block, rotary.hidden_states(dtype), *rotary.tables(dtype))
+    assert found == (["qk_rms_norm"] * 2, ["qk_rms_norm"])
+
+
+@DTYPES
+def test_projections_of_low_rank_share_an_op(dtype):
+    found = ops(rotary.LowRank().to(dtype), rotary.hidden_states(dtype))
+    assert found == (["qk_rms_norm"] * 2, ["qk_rms_norm"])
+
+
+@DTYPES
+def test_a_module_of_torch_without_rope_joins(dtype):
+    def unturned(x, cos, sin):
+        return x
+
+    block = rotary.NormAfterTranspose(unturned, torch.nn.RMSNorm).to(dtype)
+    found = ops(block, rotary.hidden_states(dtype), *rotary.tables(dtype))
+    assert found == (["qk_rms_norm"] * 2, ["qk_rms_norm"])
+
+
+@DTYPES
 @pytest.mark.parametrize("spelling", ["llama", "partial"])
 def test_a_weightless_value_norm_joins(spelling, dtype):
     block = rotary.OneByOne(Gemma4WeightlessNorm(), rotary=rotary.SPELLINGS[spelling]).to(dtype)
@@ -136,10 +180,6 @@ def test_rope_is_read_after_autograd():
     assert found == (["qk_rms_norm_rope"] * 2, ["qk_rms_norm_rope"])
 
 
-def inverse(x, cos, sin):
-    return (x * cos) - (rotary.rotate_half(x) * sin)
-
-
 def same_sign(x, cos, sin):
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((second, first), dim=-1) * sin
@@ -191,7 +231,6 @@ LOOKALIKES = (
     scaled_as_complex,
     tables_of_two_types,
     whole_numbers,
-    inverse,
     same_sign,
     other_columns,
     other_value,
@@ -258,3 +297,87 @@ def test_gradients_are_those_of_eager():
 def test_left_out_by_an_option():
     block, inputs = rotary.Attention().bfloat16(), (rotary.hidden_states(), *rotary.tables())
     assert ops(block, *inputs, rules=["rms_norm"]) == (["rms_norm"] * 2, ["rms_norm"] * 2)
+
+
+class ComplexTables(rotary.Attention):
+    """Queries and keys times complex numbers, as Llama 4 turns them."""
+
+    def __init__(self, turns):
+        super().__init__()
+        self.turns = turns
+
+    def forward(self, x, cos, sin):
+        shape = (*x.shape[:-1], -1, rotary.DIM)
+        turns = self.turns(torch.complex(cos, sin)[..., : rotary.DIM // 2])
+        q = self.q_norm(self.q_proj(x).view(shape)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(x).view(shape)).transpose(1, 2)
+        v = self.v_proj(x).view(shape).transpose(1, 2)
+        return rotary.attend(self.turned(q, turns), self.turned(k, turns), v)
+
+    def turned(self, x, turns):
+        pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+        return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)
+
+
+COMPLEX_TABLES = {
+    "conjugate": torch.conj,
+    "written out": lambda turns: turns.conj().resolve_conj(),
+    "twice": lambda turns: turns.conj().conj(),
+    "in float64": lambda turns: turns.to(torch.complex128),
+    "conjugate in float64": lambda turns: turns.to(torch.complex128).conj(),
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("turns", COMPLEX_TABLES)
+def test_complex_tables_and_their_conjugates_are_read(turns, dtype):
+    block = ComplexTables(COMPLEX_TABLES[turns]).to(dtype)
+    found = ops(block, rotary.hidden_states(dtype), *rotary.tables(torch.float32))
+    assert found == (["qk_rms_norm_rope"] * 2, ["qk_rms_norm_rope"])
+
+
+def test_a_conjugate_is_read_behind_a_write_to_what_it_views():
+    def doubled_later(turns):
+        turns = turns.clone()
+        conjugate = turns.conj()
+        turns.mul_(2)
+        return conjugate
+
+    inputs = rotary.hidden_states(torch.float32), *rotary.tables(torch.float32)
+    found = ops(ComplexTables(doubled_later), *inputs)
+    assert found == (["qk_rms_norm_rope"] * 2, ["qk_rms_norm_rope"] * 2)
+
+
+def test_a_conjugate_for_each_of_queries_and_keys_is_one_table():
+    class OneByOne(ComplexTables):
+        def turned(self, x, turns):
+            return super().turned(x, turns.conj())
+
+    inputs = rotary.hidden_states(torch.float32), *rotary.tables(torch.float32)
+    found = ops(OneByOne(lambda turns: turns), *inputs)
+    assert found == (["qk_rms_norm_rope"] * 2, ["qk_rms_norm_rope"])
+
+
+# Of two halves: torch itself says that it is experimental.
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+def test_a_complex_table_that_no_rotation_has_leaves_the_norms_to_another_op():
+    class Halves(ComplexTables):
+        def turned(self, x, turns):
+            pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
+            return torch.view_as_real(pairs * turns.to(torch.complex32)).flatten(-2)
+
+    inputs = rotary.hidden_states(torch.float32), *rotary.tables(torch.float32)
+    assert ops(Halves(lambda turns: turns), *inputs) == (["qk_rms_norm"] * 2, ["qk_rms_norm"])
+
+
+def test_a_table_that_changes_behind_its_negative_is_not_read_for_it():
+    def negative_of_what_changes(x, cos, sin):
+        sin = sin.clone()
+        negative = -sin
+        sin.zero_()
+        return x * cos + rotary.rotate_half(x) * negative
+
+    block = rotary.Attention(negative_of_what_changes)
+    inputs = rotary.hidden_states(torch.float32), *rotary.tables(torch.float32)
+    with torch.no_grad():
+        assert torch.equal(capture(block, lowering="op")(*inputs), block(*inputs))

@@ -14,7 +14,7 @@ from torch.fx import Graph, Node
 from normfuse.passes import choice, inductor, lower
 from normfuse.passes.recognise import Recognise
 from normfuse.passes.recorder import Place, Recorder
-from normfuse.patterns.micro_ops import fake_of, micro_op
+from normfuse.patterns.micro_ops import spelling, tensor
 from normfuse.patterns.statistic import Candidate
 from normfuse.settings import Settings
 
@@ -67,12 +67,13 @@ def _root(site: Candidate | Node) -> Node:
 
 def _width(site: Candidate | Node) -> int:
     """The size of the normalised axis, which the result of a vector's length has no more."""
-    value = _first(site) if isinstance(site, Node) else site.squares
-    return int(inductor.hint(fake_of(value).shape[-1]))
+    value = tensor(_first(site) if isinstance(site, Node) else site.squares)
+    assert value is not None
+    return int(inductor.hint(value.shape[-1]))
 
 
 def _first(call: Node) -> Node:
-    op = micro_op(call)
+    op = spelling(call)
     assert op is not None
     assert isinstance(op.operands[0], Node)
     return op.operands[0]

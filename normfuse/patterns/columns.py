@@ -36,16 +36,30 @@ _RESHAPES: set[Any] = {
     *(torch.reshape, "view", "reshape", "unflatten"),
     *(aten.view.default, aten.reshape.default, aten._unsafe_view.default),
 }
+# What tables are made by, for every value alike.
+_PURE: set[Any] = {
+    *(torch.cos, torch.sin, "cos", "sin", aten.cos.default, aten.sin.default, torch.complex),
+    *(torch.repeat_interleave, "repeat_interleave", "repeat"),
+    *(torch.conj, torch.resolve_conj, "conj", "resolve_conj"),
+}
 _TO_COMPLEX: set[Any] = {torch.view_as_complex, aten.view_as_complex.default}
 _TO_REAL: set[Any] = {torch.view_as_real, aten.view_as_real.default}
+_REPEATABLE = _MOVES | _NEGATIONS | _TO_REAL | _PURE
 
 
 @dataclass(frozen=True)
 class Table:
-    """A factor of columns: a node of cos or sin, or one part of a complex node."""
+    """A factor of columns: a node of cos or sin, or one part of a complex node.
+
+    Attributes:
+        node: what multiplies.
+        part: "real" or "imag" of a complex node.
+        is_negated: its negative is the factor.
+    """
 
     node: Node
     part: str = ""
+    is_negated: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,6 +68,9 @@ class Term:
 
     source: torch.Tensor
     table: torch.Tensor
+
+    def negated(self) -> Term:
+        return Term(-self.source, self.table)
 
 
 @dataclass(frozen=True)
@@ -87,9 +104,7 @@ class Columns:
         return replace(self, terms=moved)
 
     def negated(self) -> Columns:
-        return replace(
-            self, terms={key: Term(-term.source, term.table) for key, term in self.terms.items()}
-        )
+        return replace(self, terms={key: term.negated() for key, term in self.terms.items()})
 
 
 Value = Columns | tuple[Columns, ...]
@@ -248,6 +263,8 @@ class Reader:
         if width != plain.shape[-1] or not same_sizes(fake_of(node).shape, fake_of(left).shape):
             return None
         at = torch.arange(1, width + 1, dtype=torch.int32).expand(plain.shape)
+        if right.target in _NEGATIONS and tensor(right.args[0]) is not None:
+            right, plain = right.args[0], -plain  # a product rounds the same whatever its sign
         return Columns({self._table(right): Term(plain, at)}, dtype)
 
     def _multiply_complex(self, value: Columns, node: Node) -> Columns | None:
@@ -311,7 +328,7 @@ def chain_of(node: Node) -> list[Node]:
 
 
 def _is_repeatable(node: Node) -> bool:
-    is_pure = micro_op(node) is not None or node.target in _MOVES | _TO_REAL | {torch.complex}
+    is_pure = micro_op(node) is not None or node.target in _REPEATABLE
     return is_pure and not written_by(node)
 
 

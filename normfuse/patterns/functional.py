@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from normfuse.patterns.fakes import fake_empty_like
 from normfuse.patterns.micro_ops import fake_of, micro_op, same_layout, tensor
-from normfuse.patterns.mutation import storages_of
+from normfuse.patterns.mutation import UNTOLD, storages_of
 
 _OUT_OF_PLACE: dict[Any, Any] = {
     **dict.fromkeys((operator.iadd, "add_"), torch.add),
@@ -84,6 +84,8 @@ def _is_private(write: Node, holders: dict[int, list[Node]]) -> bool:
     if not isinstance(written, Node) or written.op not in ("call_function", "call_method"):
         return False
     memories = storages_of([write])
+    if UNTOLD in holders:
+        return False
     earlier = [node for memory in memories for node in holders[memory] if node < write]
     is_new = bool(earlier) and earlier[0] is written
     return is_new and not any(write < user for node in earlier for user in node.users)

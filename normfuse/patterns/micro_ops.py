@@ -14,9 +14,12 @@ from enum import Enum, auto
 from typing import Any, cast
 
 import torch
+from torch._C import _functorch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from normfuse.patterns.decline import Decline
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -111,7 +114,16 @@ def kind_of(value: Operand | None) -> Kind | None:
 
 
 def micro_op(value: Operand | None) -> MicroOp | None:
-    """The micro-operation of a node; None if the node does something else, or something more."""
+    """The micro-operation of a node; None if the node does something else, or something more.
+
+    What a transform of torch.func wraps is something more: the shape that it shows is not its own.
+    """
+    op = spelling(value)
+    return None if op is None or transform_of(tensor(value)) is not None else op
+
+
+def spelling(value: Operand | None) -> MicroOp | None:
+    """`micro_op` by what is written alone, which may stand inside of torch.vmap."""
     kind = kind_of(value)
     return None if kind is None else _READERS[kind](kind, cast(Node, value))
 
@@ -273,10 +285,28 @@ def dtype(node: Node) -> torch.dtype:
 
 
 def fake_of(node: Node) -> torch.Tensor:
-    """The fake tensor of a node that is known to hold one."""
+    """The fake tensor of a node that is known to hold one.
+
+    Raises:
+        Decline: a transform of torch.func wraps it, so that it is no fake tensor itself.
+    """
     fake = tensor(node)
     assert fake is not None, f"{node} holds no tensor"
+    transform = transform_of(fake)
+    if transform is not None:
+        raise Decline(f"its values are wrapped by {transform}, for which the op has no rule")
     return fake
+
+
+def transform_of(value: Any) -> str | None:
+    """The transform of torch.func that wraps a value; None for a tensor as it is."""
+    if not isinstance(value, torch.Tensor) or not _functorch.is_functorch_wrapped_tensor(value):
+        return None
+    if _functorch.is_batchedtensor(value):
+        return "torch.vmap"
+    if _functorch.is_gradtrackingtensor(value):
+        return "torch.func.grad, vjp or jvp"
+    return "a transform of torch.func"
 
 
 def width_of(node: Node) -> int | None:

@@ -2,7 +2,8 @@
 
 Dynamo's graphs keep `h.mul_(r)` and `x += y` as they were written. A rewrite replaces several reads
 at several places by one; that is sound only if nothing writes to the values in between. Aliases are
-found through the storage that fake tensors share.
+found through the storage that fake tensors share, also below the wrappers of torch.vmap and
+torch.func.grad. Where a storage cannot be told, it may be any.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch._C import _functorch
 from torch.fx import Graph, Node
 
 from normfuse.patterns.decline import Decline
@@ -62,9 +64,10 @@ class Mutations:
             {operand for node in nodes for operand in node.all_input_nodes} | {*nodes}
         )
         for write, written in self._writes:
-            if not write < first and not last < write and not written.isdisjoint(values):
+            is_between = not write < first and not last < write
+            if is_between and (changed := _changed(written, values)):
                 raise Decline(
-                    f"a value that it reads is changed in place by `{_name(write)}` on the way"
+                    f"a value that it reads {changed} in place by `{_name(write)}` on the way"
                 )
 
     def forbid_after(self, node: Node, operands: Iterable[Node]) -> None:
@@ -79,10 +82,10 @@ class Mutations:
             return
         values = storages_of(operands)
         for write, written in self._writes:
-            if not write < node and not written.isdisjoint(values):
+            if not write < node and (changed := _changed(written, values)):
                 raise Decline(
-                    "a value that its backward needs is changed in place by "
-                    f"`{_name(write)}` afterwards"
+                    f"a value that its backward needs {changed} in place by `{_name(write)}` "
+                    "afterwards"
                 )
 
 
@@ -90,13 +93,34 @@ def _name(write: Node) -> Any:
     return getattr(write.target, "__name__", write.target)
 
 
+def _changed(written: frozenset[int], values: set[int]) -> str:
+    """What a write does to one of the values, in words; empty if nothing."""
+    if not written.isdisjoint(values - {UNTOLD}):
+        return "is changed"
+    is_untold = UNTOLD in written or UNTOLD in values
+    return "may be changed" if is_untold and written and values else ""
+
+
+UNTOLD = 0  # no storage has this address
+
+
 def storages_of(nodes: Iterable[Node]) -> set[int]:
-    """The memory that nodes hold, by a number for each storage."""
-    return {
-        fake.untyped_storage()._cdata
-        for node in nodes
-        if (fake := tensor(node)) is not None and fake.layout is torch.strided
-    }
+    """The memory that nodes hold, by a number for each storage; `UNTOLD` stands for any."""
+    fakes = [_unwrapped(fake) for node in nodes if (fake := tensor(node)) is not None]
+    return {_storage(fake) for fake in fakes if fake.layout is torch.strided}
+
+
+def _unwrapped(fake: torch.Tensor) -> torch.Tensor:
+    """What torch.vmap, torch.func.grad and jvp wrap; its memory is that of the wrapper."""
+    while _functorch.is_batchedtensor(fake) or _functorch.is_gradtrackingtensor(fake):
+        fake = _functorch.get_unwrapped(fake)
+    return fake
+
+
+def _storage(fake: torch.Tensor) -> int:
+    if _functorch.is_functorch_wrapped_tensor(fake):
+        return UNTOLD  # torch.func.functionalize gives its values a memory of their own
+    return int(fake.untyped_storage()._cdata)
 
 
 def written_by(node: Node) -> list[Node]:

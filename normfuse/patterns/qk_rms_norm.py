@@ -21,6 +21,6 @@ def _apply(node: Node, context: Context) -> Node | None:
 RULE = Rule(
     name="qk_rms_norm",
     before="q, k [, v] -> RMSNorm each, of heads or of whole projections",
-    families="OLMo 2, MiniMax M2, Hunyuan and Llama 4 (after RoPE), Jamba's dt, B and C",
+    families="OLMo 2, MiniMax M2, Hunyuan and Llama 4 (after RoPE), DeepSeek's of low rank, Jamba",
     apply=_apply,
 )

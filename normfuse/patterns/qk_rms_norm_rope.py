@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.fx.node import map_arg
 
 from normfuse.ops import QK_RMS_NORM_ROPE, RMS_NORM
 from normfuse.ops.rotation import Rotation, empty_result
@@ -57,13 +59,14 @@ def _turn(node: Node, context: Context) -> Node | None:
     if y is None or eps_tensor is not None or isinstance(eps, Node) or existing_result(node, 1):
         return None
     assert isinstance(x, Node)
+    copies = _copies(y)
     heads = _views_to_heads(y)
-    rotary = read_rotary(heads[-1] if heads else y)
+    rotary = read_rotary((y, *copies, *heads)[-1])
     if rotary is None:
         return None
-    context.mutations.forbid_between((node, *heads, *rotary.nodes))
+    context.mutations.forbid_between((node, *copies, *heads, *rotary.nodes, *_negations(rotary)))
     rotation = _laid_out(rotary, fake_of(heads[-1] if heads else y))
-    tables = (_table(rotary.cos, context), _table(rotary.sin, context))
+    tables = [_table(table, rotary.last, context) for table in (rotary.cos, rotary.sin)]
     for view in heads:
         x = _repeated(view, x, rotary.last, context)
     rstd = fakes_of(context, node)[1]
@@ -78,8 +81,14 @@ def _turn(node: Node, context: Context) -> Node | None:
         like=node,
     )
     rotary.last.replace_all_uses_with(result(context, fused, 0))
-    erase(context, (node, y, *heads, *rotary.nodes))
+    erase(context, (node, y, *copies, *heads, *rotary.nodes))
     return fused
+
+
+def _copies(y: Node) -> tuple[Node, ...]:
+    """The copy by which a call of `F.rms_norm` lays its result out row by row, as eager does."""
+    users = tuple(y.users)
+    return users if len(users) == 1 and users[0].target is torch.ops.aten.clone.default else ()
 
 
 def _views_to_heads(y: Node) -> list[Node]:
@@ -131,19 +140,49 @@ def _laid_out(rotary: Rotary, x: torch.Tensor) -> Rotation:
     raise Decline("the result is laid out neither as the normalised value nor contiguously")
 
 
-def _table(table: Table, context: Context) -> Node:
-    """The node of cos or sin; a part of a complex table is a node of its own."""
-    if fake_of(table.node).dtype in FLOATS:
-        return table.node
-    with context.graph.inserting_after(table.node):
-        pairs = context.graph.call_function(torch.view_as_real, (table.node,))
-    index = 0 if table.part == "real" else 1
-    with context.graph.inserting_after(pairs):
-        part = context.graph.call_function(torch.select, (pairs, -1, index))
-    with fake_mode(table.node):
-        pairs.meta[context.fake_key] = torch.view_as_real(fake_of(table.node))
-        part.meta[context.fake_key] = fake_of(pairs)[..., index]
-    return part
+def _negations(rotary: Rotary) -> set[Node]:
+    """What stands between the tables and the nodes that turn: a write behind it is not its own."""
+    tables = {rotary.cos.node, rotary.sin.node}
+    read = {operand for node in rotary.nodes for operand in node.all_input_nodes}
+    between = read.difference(rotary.nodes)
+    return {one for one in between if not tables.isdisjoint(one.all_input_nodes)}
+
+
+def _table(table: Table, before: Node, context: Context) -> Node:
+    """The node of cos or sin; a negative and a part of a complex table are nodes of their own.
+
+    A conjugate that is only marked as one is written out first, as eager's product does: the
+    imaginary part is negated, and nothing is rounded.
+
+    Raises:
+        Decline: it is complex, and neither of two float32 nor of two float64.
+    """
+    node, fake = table.node, fake_of(table.node)
+    if fake.dtype in FLOATS:
+        return _insert(torch.neg, (node,), before, context) if table.is_negated else node
+    if fake.dtype not in (torch.complex64, torch.complex128):
+        raise Decline(f"the table of the embedding is {fake.dtype}, which no rotation has")
+    if fake.is_conj():
+        node = _insert(torch.resolve_conj, (node,), before, context)
+    pairs = _insert(torch.view_as_real, (node,), before, context)
+    return _insert(torch.select, (pairs, -1, 0 if table.part == "real" else 1), before, context)
+
+
+def _insert(
+    function: Callable[..., torch.Tensor],
+    arguments: tuple[Node | int, ...],
+    before: Node,
+    context: Context,
+) -> Node:
+    """A new node that calls a function on a tensor and numbers.
+
+    It stands where the table is read, not where it is made: a write may come in between.
+    """
+    with context.graph.inserting_before(before):
+        made = context.graph.call_function(function, arguments)
+    with fake_mode(before):
+        made.meta[context.fake_key] = function(*map_arg(arguments, fake_of))
+    return made
 
 
 RULE = Rule(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -91,14 +91,17 @@ def _rotation(value: Columns, out: torch.dtype) -> tuple[Rotation, Table, Table]
         numbers = torch.arange(1, width + 1, dtype=torch.int32)
         if dim % 2 or not torch.equal(terms[cos].source + passed, numbers) or passed[columns].any():
             continue
-        layout = _layout(terms[cos], terms[sin], numbers, columns)
-        if layout is None or not _is_only_at(terms[sin], columns):
-            continue
-        if cos.part:
-            if cos.part != "real" or layout != "interleaved":
-                continue  # no op turns halves as complex numbers do
-            layout = "complex"
-        return Rotation(layout, dim, value.dtype, out, start=start), cos, sin
+        for is_back in (False, True):
+            turning_by = terms[sin].negated() if is_back else terms[sin]
+            layout = _layout(terms[cos], turning_by, numbers, columns)
+            if layout is None or not _is_only_at(terms[sin], columns):
+                continue
+            if cos.part:
+                if is_back or cos.part != "real" or layout != "interleaved":
+                    continue  # no op turns halves as complex numbers do
+                layout = "complex"
+            rotation = Rotation(layout, dim, value.dtype, out, start=start)
+            return rotation, cos, replace(sin, is_negated=is_back)
     return None
 
 

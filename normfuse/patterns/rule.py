@@ -20,6 +20,7 @@ from normfuse.patterns.micro_ops import (
     same_layout,
     same_sizes,
     tensor,
+    transform_of,
 )
 from normfuse.patterns.mutation import Mutations, written_by
 
@@ -174,12 +175,15 @@ def insertion_point(operands: Iterable[Any], earliest: Node, users: Iterable[Nod
     """The first node before which all operands are known; `earliest` unless an operand comes later.
 
     Raises:
-        Decline: a user of a result comes before an operand.
+        Decline: a user of a result comes before an operand, or the last operand is what leaves a
+            transform of torch.func, whose end is yet to come.
     """
     nodes = [operand for operand in operands if isinstance(operand, Node)]
     latest = max(nodes, default=earliest)
     if latest < earliest:
         return earliest
+    if any(transform_of(tensor(inner)) for inner in latest.all_input_nodes):
+        raise Decline("an operand of the chain leaves a transform of torch.func after its start")
     point = latest.next
     if any(user < point for user in users):
         raise Decline("an operand of the chain is computed after the first use of its result")

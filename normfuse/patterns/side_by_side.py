@@ -28,14 +28,22 @@ _REARRANGEMENTS: set[Any] = {
     *(aten.transpose.int, aten.permute.default, aten.slice.Tensor, aten.split.Tensor),
     *(aten.split_with_sizes.default, aten.select.int, aten.unbind.int, aten.squeeze.dim),
 }
-_MOVABLE: set[Any] = {  # what a rotation is made of, beside micro-operations
-    *_REARRANGEMENTS,
-    *(torch.cat, torch.concat, torch.concatenate, aten.cat.default),
-    *(operator.neg, torch.neg, torch.negative, "neg", aten.neg.default),
+_CONCATENATIONS: set[Any] = {
+    *(torch.cat, torch.concat, torch.concatenate, torch.stack),
+    *(aten.cat.default, aten.stack.default),
 }
 _PROJECTIONS: set[Any] = {
     *(torch.nn.functional.linear, torch.matmul, torch.mm, torch.bmm, operator.matmul, "matmul"),
     *(aten.linear.default, aten.mm.default, aten.bmm.default, aten.matmul.default),
+}
+# What may wait for the second norm, beside micro-operations: what a rotation is made of, and the
+# second projection of a query of low rank, as DeepSeek's.
+_MOVABLE: set[Any] = {
+    *_REARRANGEMENTS,
+    *_CONCATENATIONS,
+    *_PROJECTIONS,
+    *(operator.neg, torch.neg, torch.negative, "neg", aten.neg.default),
+    *(torch.clone, "clone", aten.clone.default),
 }
 
 
@@ -118,15 +126,18 @@ def _unarranged(x: Node) -> Node:
 
 
 def _source(x: Node) -> Node | None:
-    """What a value is a view, slice, cast, multiple or rotation of."""
+    """What a value is a view, slice, cast, multiple, concatenation or rotation of."""
     if x.op not in ("call_function", "call_method") or not x.args:
         return None
     if getattr(x.args[0], "target", None) in (RMS_NORM, QK_RMS_NORM, QK_RMS_NORM_ROPE):
         return None
+    if x.target in _CONCATENATIONS:
+        parts: Any = x.args[0]  # of a rotation, each is made of the same value
+        return parts[0] if isinstance(parts[0], Node) else None
     op = micro_op(x)
     if x.target in _REARRANGEMENTS or (op is not None and op.kind in (Kind.CAST, Kind.VIEW)):
         return x.args[0] if isinstance(x.args[0], Node) else None
-    if op is not None and op.kind in (Kind.MUL, Kind.ADD):
+    if op is not None and op.kind in (Kind.MUL, Kind.ADD, Kind.SUB):
         for operand in op.operands:
             fake = tensor(operand)
             if fake is not None and same_sizes(fake.shape, fake_of(x).shape):

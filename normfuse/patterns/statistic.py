@@ -33,6 +33,7 @@ from normfuse.patterns.micro_ops import (
     micro_op,
     same_sizes,
     source_of,
+    spelling,
     tensor,
     width_of,
 )
@@ -70,12 +71,12 @@ class Candidate:
 
 def find_statistic(node: Node) -> Candidate | None:
     """The candidate whose (inverse) square root is `node`."""
-    op = micro_op(node) if kind_of(node) in _ROOTS else None
+    op = spelling(node) if kind_of(node) in _ROOTS else None
     if op is None or not _is_root(op) or tensor(node) is None:
         return None
     current: Operand = op.operands[0]
     reduction = None
-    while (op := micro_op(current)) is not None and tensor(current) is not None:
+    while (op := spelling(current)) is not None and tensor(current) is not None:
         if op.kind in (Kind.MEAN, Kind.SUM):
             if op.dims is None or reduction is not None:
                 return None
@@ -104,8 +105,8 @@ def _reducing_operand(op: MicroOp) -> Operand:
     if op.kind not in (Kind.ADD, Kind.MUL):
         return op.operands[0]
     left, right = op.operands
-    right_op = micro_op(right)
-    is_left_constant = not isinstance(left, Node) or micro_op(left) is None
+    right_op = spelling(right)
+    is_left_constant = not isinstance(left, Node) or spelling(left) is None
     return right if is_left_constant and right_op is not None else left
 
 
@@ -122,10 +123,13 @@ def read_statistic(candidate: Candidate) -> Statistic:
     """The statistic of a candidate.
 
     Raises:
-        Decline: it is not the mean of squares over the last axis plus eps, in one type.
+        Decline: it is not the mean of squares over the last axis plus eps, in one type, or it
+            stands inside a transform of torch.func.
     """
-    h = _squared_value(candidate)
     path = _path(candidate.root, candidate.squares)
+    for node in path:
+        fake_of(node)
+    h = _squared_value(candidate)
     _check_one_type(path, h)
     _check_rows(path, candidate.reduction, h)
     variance = micro_op(candidate.root).operands[0]  # type: ignore[union-attr]
@@ -231,7 +235,7 @@ def _path(root: Node, squares: Node) -> tuple[Node, ...]:
     """The nodes from the root back to the squares."""
     path = [root]
     while path[-1] is not squares:
-        op = micro_op(path[-1])
+        op = spelling(path[-1])
         assert op is not None
         current = _reducing_operand(op) if op.kind in _ON_A_MEAN else op.operands[0]
         assert isinstance(current, Node)

@@ -19,12 +19,10 @@ def write_types(graph: Graph) -> None:
     for node in list(graph.nodes):
         if node.op != "call_method" or node.target not in _CASTS or node.kwargs:
             continue
-        source, *others = map(tensor, node.args)
-        if source is None or len(others) != 1 or others[0] is None:
+        if len(node.args) != 2:
             continue
-        (template,) = others
-        if source.device != template.device or any(
-            is_traceable_wrapper_subclass(value) for value in (source, template)
-        ):
+        source, template = map(tensor, node.args)
+        if source is None or template is None or source.device != template.device:
             continue
-        node.target, node.args = "to", (node.args[0], template.dtype)
+        if not any(is_traceable_wrapper_subclass(value) for value in (source, template)):
+            node.target, node.args = "to", (node.args[0], template.dtype)
