@@ -69,30 +69,6 @@ def test_tables_that_each_call_computes(dtype):
 
 
 @DTYPES
-@pytest.mark.parametrize("spelling", ["gpt_oss", "neighbours", "back_by_negative_tables"])
-def test_norms_behind_rope_that_is_put_together_again(spelling, dtype):
-    block = rotary.NormAfterRotary(rotary.SPELLINGS[spelling]).to(dtype)
-    found = ops(block, rotary.hidden_states(dtype), *rotary.tables(dtype))
-    assert found == (["qk_rms_norm"] * 2, ["qk_rms_norm"])
-
-
-@DTYPES
-def test_projections_of_low_rank_share_an_op(dtype):
-    found = ops(rotary.LowRank().to(dtype), rotary.hidden_states(dtype))
-    assert found == (["qk_rms_norm"] * 2, ["qk_rms_norm"])
-
-
-@DTYPES
-def test_a_module_of_torch_without_rope_joins(dtype):
-    def unturned(x, cos, sin):
-        return x
-
-    block = rotary.NormAfterTranspose(unturned, torch.nn.RMSNorm).to(dtype)
-    found = ops(block, rotary.hidden_states(dtype), *rotary.tables(dtype))
-    assert found == (["qk_rms_norm"] * 2, ["qk_rms_norm"])
-
-
-@DTYPES
 @pytest.mark.parametrize("spelling", ["llama", "partial"])
 def test_a_weightless_value_norm_joins(spelling, dtype):
     block = rotary.OneByOne(Gemma4WeightlessNorm(), rotary=rotary.SPELLINGS[spelling]).to(dtype)

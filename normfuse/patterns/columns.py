@@ -7,6 +7,7 @@ which column went where. Column c is written c + 1, with a minus where it was ne
 
 from __future__ import annotations
 
+import hashlib
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -313,18 +314,26 @@ def _agree(parts: list[Columns]) -> bool:
 
 def value_key(node: Node) -> Any:
     """Equal for two nodes that compute the same value in the same way, if nothing is written to."""
-    if not _is_repeatable(node):
-        return node
-    quoted: Any = lambda inner: _Quoted(value_key(inner))  # noqa: E731 - no type of fx's fits
-    arguments = map_arg((node.args, node.kwargs), quoted)
-    return (str(node.target), str(arguments))
+    return _key(node, {})
+
+
+def _key(node: Node, known: dict[Node, Any]) -> Any:
+    if node not in known:
+        known[node] = node
+        if _is_repeatable(node):
+            named: Any = lambda inner: _Named(_key(inner, known))  # noqa: E731 - fx's type fits none
+            text = f"{node.target} {map_arg((node.args, node.kwargs), named)}"
+            known[node] = hashlib.sha256(text.encode()).hexdigest()
+    return known[node]
 
 
 def chain_of(node: Node) -> list[Node]:
     """The nodes that `value_key` looked at."""
-    if not _is_repeatable(node):
-        return [node]
-    return [node, *(other for operand in node.all_input_nodes for other in chain_of(operand))]
+    found = [node]
+    for one in found:
+        if _is_repeatable(one):
+            found += [operand for operand in one.all_input_nodes if operand not in found]
+    return found
 
 
 def _is_repeatable(node: Node) -> bool:
@@ -332,7 +341,7 @@ def _is_repeatable(node: Node) -> bool:
     return is_pure and not written_by(node)
 
 
-class _Quoted:
+class _Named:
     """A key inside an argument list; prints as what it is."""
 
     def __init__(self, key: Any) -> None:

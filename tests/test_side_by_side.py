@@ -1,0 +1,51 @@
+"""Norms side by side: projections of one value share one op, whatever stands in between."""
+
+import operator
+
+import pytest
+import torch
+
+from normfuse.patterns.columns import chain_of, value_key
+from tests import rotary
+from tests.test_qk_rms_norm import DTYPES, ops
+
+
+@DTYPES
+@pytest.mark.parametrize("spelling", ["gpt_oss", "neighbours", "back_by_negative_tables"])
+def test_norms_behind_rope_that_is_put_together_again(spelling, dtype):
+    block = rotary.NormAfterRotary(rotary.SPELLINGS[spelling]).to(dtype)
+    found = ops(block, rotary.hidden_states(dtype), *rotary.tables(dtype))
+    assert found == (["qk_rms_norm"] * 2, ["qk_rms_norm"])
+
+
+@DTYPES
+def test_projections_of_low_rank_share_an_op(dtype):
+    found = ops(rotary.LowRank().to(dtype), rotary.hidden_states(dtype))
+    assert found == (["qk_rms_norm"] * 2, ["qk_rms_norm"])
+
+
+@DTYPES
+def test_a_module_of_torch_without_rope_joins(dtype):
+    def unturned(x, cos, sin):
+        return x
+
+    block = rotary.NormAfterTranspose(unturned, torch.nn.RMSNorm).to(dtype)
+    found = ops(block, rotary.hidden_states(dtype), *rotary.tables(dtype))
+    assert found == (["qk_rms_norm"] * 2, ["qk_rms_norm"])
+
+
+def test_tables_are_compared_in_one_walk():
+    """A value that is used twice at every step has 2^200 paths to it."""
+    graph = torch.fx.Graph()
+    ends = []
+    start = graph.placeholder("angles")
+    start.meta["example_value"] = torch.empty(2)
+    for _ in range(2):
+        node = start
+        for _ in range(200):
+            node = graph.call_function(operator.add, (node, node))
+            node.meta["example_value"] = torch.empty(2)
+        ends.append(node)
+
+    assert value_key(ends[0]) == value_key(ends[1]) != value_key(ends[1].args[0])
+    assert len(chain_of(ends[0])) == 201
