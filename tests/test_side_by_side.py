@@ -19,6 +19,17 @@ def test_norms_behind_rope_that_is_put_together_again(spelling, dtype):
 
 
 @DTYPES
+@pytest.mark.parametrize("put_together", [torch.cat, torch.stack])
+def test_norms_behind_chunks_that_are_put_together(put_together, dtype):
+    def chunks(x, cos, sin):
+        return put_together(x.chunk(2, dim=-1), dim=-1).reshape(x.shape)
+
+    block = rotary.NormAfterRotary(chunks).to(dtype)
+    found = ops(block, rotary.hidden_states(dtype), *rotary.tables(dtype))
+    assert found == (["qk_rms_norm"] * 2, ["qk_rms_norm"])
+
+
+@DTYPES
 def test_projections_of_low_rank_share_an_op(dtype):
     found = ops(rotary.LowRank().to(dtype), rotary.hidden_states(dtype))
     assert found == (["qk_rms_norm"] * 2, ["qk_rms_norm"])

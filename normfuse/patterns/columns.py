@@ -264,7 +264,7 @@ class Reader:
         if width != plain.shape[-1] or not same_sizes(fake_of(node).shape, fake_of(left).shape):
             return None
         at = torch.arange(1, width + 1, dtype=torch.int32).expand(plain.shape)
-        if right.target in _NEGATIONS and tensor(right.args[0]) is not None:
+        if right.target in _NEGATIONS and right.args and tensor(right.args[0]) is not None:
             right, plain = right.args[0], -plain  # a product rounds the same whatever its sign
         return Columns({self._table(right): Term(plain, at)}, dtype)
 

@@ -133,7 +133,8 @@ def _source(x: Node) -> Node | None:
         return None
     if x.target in _CONCATENATIONS:
         parts: Any = x.args[0]  # of a rotation, each is made of the same value
-        return parts[0] if isinstance(parts[0], Node) else None
+        first = parts[0] if isinstance(parts, (list, tuple)) and parts else parts
+        return first if isinstance(first, Node) else None
     op = micro_op(x)
     if x.target in _REARRANGEMENTS or (op is not None and op.kind in (Kind.CAST, Kind.VIEW)):
         return x.args[0] if isinstance(x.args[0], Node) else None
