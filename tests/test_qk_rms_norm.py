@@ -156,6 +156,11 @@ def test_rope_is_read_after_autograd():
     assert found == (["qk_rms_norm_rope"] * 2, ["qk_rms_norm_rope"])
 
 
+def negated_by_keyword(x, cos, sin):
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((torch.neg(input=second), first), dim=-1) * sin
+
+
 def same_sign(x, cos, sin):
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((second, first), dim=-1) * sin
@@ -203,6 +208,7 @@ def whole_numbers(x, cos, sin):
 
 
 LOOKALIKES = (
+    negated_by_keyword,
     halves_as_complex,
     scaled_as_complex,
     tables_of_two_types,

@@ -142,7 +142,7 @@ class Reader:
             (_TO_REAL, self._as_parts),
         ):
             if node.target in targets:
-                return evaluate(node)
+                return evaluate(node) if node.args or targets is _MOVES else None
         op = micro_op(node)
         if op is None:
             return None
