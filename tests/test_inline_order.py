@@ -87,6 +87,23 @@ def test_complex_tables_stay_whole():
     assert calls(inline) == [1, *turns]
 
 
+def test_a_complex_number_that_is_returned_is_no_input():
+    """It may be written to afterwards."""
+
+    class PutTogether(rotary.Attention):
+        def forward(self, x, cos, sin, table):
+            parts = torch.view_as_real(table)
+            return super().forward(x, cos, sin), torch.complex(parts[..., 0], parts[..., 1])
+
+    inputs = dict(zip(("x", "cos", "sin"), (rotary.hidden_states(), *rotary.tables()), strict=True))
+    inputs["table"] = torch.randn(3, dtype=torch.complex64)
+    options = patches(None, {"normfuse.lowering": "inline"})
+    graph = final_graph(PutTogether().bfloat16(), inputs, options)
+
+    _, returned = graph.output_node().args[0]
+    assert returned.op != "placeholder"
+
+
 def test_an_order_that_the_user_gave_the_nodes_stays():
     model, config = tiny_models.build("gemma3_text", torch.bfloat16)
     inputs = tiny_models.example_inputs(model, config)

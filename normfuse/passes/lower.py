@@ -124,11 +124,13 @@ def _splice(node: Node, lowering: str, traced: dict[Any, Form]) -> None:
 def _leave_tables_whole(graph: Graph) -> None:
     """A complex table that was taken apart for an op, and that its plain form puts together again.
 
-    Inductor generates no code for complex numbers: that would be one call more for every table.
+    Inductor generates no code for complex numbers: that would be one call more for every table. One
+    that anything but a product reads stays: it might be returned, and must be no input then.
     """
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.complex.default):
         (whole, first), (other, second) = map(_part_of, node.args)
-        if whole is not None and whole is other and (first, second) == (0, 1):
+        is_table = all(user.target is torch.ops.aten.mul.Tensor for user in node.users)
+        if is_table and whole is not None and whole is other and (first, second) == (0, 1):
             node.replace_all_uses_with(whole)
             parts = node.all_input_nodes
             for unused in (node, *parts, *dict.fromkeys(part.args[0] for part in parts)):
@@ -138,7 +140,7 @@ def _leave_tables_whole(graph: Graph) -> None:
 
 def _part_of(node: Any) -> tuple[Node | None, int]:
     """The complex node of which another is the real part, 0, or the imaginary, 1."""
-    if getattr(node, "target", None) not in _SELECTS:
+    if getattr(node, "target", None) not in _SELECTS or len(node.args) != 3:
         return None, 0
     pairs, dim, index = node.args
     if pairs.target not in _PAIRS or dim not in (-1, pairs.meta["val"].dim() - 1):

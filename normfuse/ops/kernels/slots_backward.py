@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 LEVELS = 3  # of leading dimensions, the most that a kernel addresses
 
-# A tile of 8 KiB of x, where rows are no wider, and two vectors of it for each thread: with one,
-# the gradients of Qwen 3's heads took 1.3 times as long on an H200. Half a tile where what is read
+# A tile of 8 KiB of x, where rows are no wider, and two vectors of it for each thread. With half of
+# both, and sums over rows by `tl.sum`, the gradients of Qwen 3's heads took 1.3 times as long on an
+# H200 (backward_h200.json, and that of commit c77c132). Half a tile where what is read
 # beside it is so wide that a GPU with 99 KiB of shared memory could not hold the rows to come.
 TILE_BYTES, BYTES_OF_A_THREAD = 8192, 32
 MOST_BYTES = 6  # that are read for a byte of x, itself included

@@ -31,9 +31,9 @@ STAGES, MOST_STAGES = 3, 4
 BYTES_AHEAD = 56 * 1024
 ROWS_EACH = 4  # at least, of a program, where a multiprocessor has several
 # From so many rows of a program on, programs of a multiprocessor that read two operands drift
-# apart: the older is served first, and the younger ends alone, for 30 us of 147. One program with
-# two rows at once, which its warps work on side by side, is 5 to 9 % faster, and slower than two
-# for fewer rows or more operands (backward_together_h200.json).
+# apart: the older is served first, and the younger ends alone. One program with two rows at once,
+# which its warps work on side by side, is 5 to 9 % faster, and slower than two for fewer rows or
+# more operands (backward_together_h200.json).
 PAIRED_ROWS_EACH, PAIRED_OPERANDS = 96, 2
 # What a program may keep of rows on their way where no GPU says: an H100's. Sums that warps
 # exchange take some of it, too.
