@@ -35,6 +35,19 @@ def test_projections_of_low_rank_share_an_op(dtype):
     assert found == (["qk_rms_norm"] * 2, ["qk_rms_norm"])
 
 
+def test_nothing_moves_out_of_autocast():
+    """After autograd casts are operations of their own, and what is between may move."""
+    class Cast(rotary.LowRank):
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+            compressed, _ = self.kv_a_proj(x).split([self.RANKS[1], rotary.DIM], dim=-1)
+            return q.float() + self.kv_b_proj(self.kv_a_layernorm(compressed))[..., : rotary.WIDTH]
+
+    found = ops(Cast(), rotary.hidden_states(torch.float32))
+    assert found == (["qk_rms_norm"] * 2, ["qk_rms_norm"])
+
+
 @DTYPES
 def test_a_module_of_torch_without_rope_joins(dtype):
     def unturned(x, cos, sin):

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.amp import autocast_mode
+from torch.autograd import grad_mode
 from torch.fx import Node
 
 from normfuse.ops import QK_RMS_NORM, QK_RMS_NORM_ROPE, RMS_NORM
@@ -44,6 +46,13 @@ _MOVABLE: set[Any] = {
     *_PROJECTIONS,
     *(operator.neg, torch.neg, torch.negative, "neg", aten.neg.default),
     *(torch.clone, "clone", aten.clone.default),
+}
+
+# What nothing may be moved past: a projection has another type behind it, or no gradient.
+_MODES: set[Any] = {
+    torch._C._set_grad_enabled,
+    *(grad_mode._enter_inference_mode, grad_mode._exit_inference_mode),
+    *(autocast_mode._enter_autocast, autocast_mode._exit_autocast),
 }
 
 
@@ -194,13 +203,18 @@ def join(left: Part, right: Part, context: Context) -> Node | None:
 
 
 def _dependents(left: Node, right: Node) -> list[Node] | None:
-    """The nodes between two that need the first, in order; None if they are too far apart."""
+    """The nodes between two that need the first, in order; None if they are too far apart.
+
+    Nor may the mode change in between, such as autocast.
+    """
     reached = {left}
     late: list[Node] = []
     node = left.next
     for _ in range(MAX_DISTANCE):
         if node is right:
             return late
+        if node.target in _MODES:
+            return None
         if any(operand in reached for operand in node.all_input_nodes):
             reached.add(node)
             late.append(node)
