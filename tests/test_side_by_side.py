@@ -37,6 +37,7 @@ def test_projections_of_low_rank_share_an_op(dtype):
 
 def test_nothing_moves_out_of_autocast():
     """After autograd casts are operations of their own, and what is between may move."""
+
     class Cast(rotary.LowRank):
         def forward(self, x):
             with torch.autocast("cpu", torch.bfloat16):
