@@ -40,6 +40,10 @@ def test_the_text_of_a_plan_reads_back_as_the_plan(plan):
         (RoundingPlan.before_weight(BF16, BF16), "f32 unit=f32>bf16 weight=bf16 out=bf16"),
         (RoundingPlan.before_weight(F16, F32), "f32 unit=f32>f16 weight=f32 out=f32"),
         (
+            RoundingPlan(F32, BF16, (BF16,), None, BF16, "sum", "divide_by_sqrt", bounded=True),
+            "f32 sum divide_by_sqrt bounded rstd=bf16 unit=bf16 out=bf16",
+        ),
+        (
             RoundingPlan(BF16, F32, (BF16, F32), (F32, BF16), F16, "sum_divided", "divide_by_sqrt"),
             "bf16 sum_divided divide_by_sqrt rstd=f32 unit=bf16>f32 weight=f32>bf16 out=f16",
         ),

@@ -38,8 +38,10 @@ def rms_norm_reference(
     steps = RoundingPlan.parse(plan)
     h = x.to(steps.compute)
     variance = _mean_of_squares(h, steps.mean)
-    variance = variance + (eps if eps_tensor is None else eps_tensor)
-    y, rstd = _normalised(h if steps.unit[0] == steps.compute else x, variance, steps)
+    bound = eps if eps_tensor is None else eps_tensor
+    if not steps.bounded:
+        variance, bound = variance + bound, 0.0
+    y, rstd = _normalised(h if steps.unit[0] == steps.compute else x, variance, bound, steps)
     if steps.weight is not None:
         assert weight is not None
         y = _scaled(y, weight, offset, steps.weight)
@@ -57,11 +59,13 @@ def _mean_of_squares(h: torch.Tensor, mean: str) -> torch.Tensor:
 
 
 def _normalised(
-    x: torch.Tensor, variance: torch.Tensor, steps: RoundingPlan
+    x: torch.Tensor, variance: torch.Tensor, bound: float | torch.Tensor, steps: RoundingPlan
 ) -> tuple[torch.Tensor, torch.Tensor]:
     x = x.to(steps.unit[0])
     if steps.root == "divide_by_sqrt":
         root = variance.sqrt()
+        if steps.bounded:
+            root = root.clamp(min=bound)
         return _unit(x, root, steps), root.reciprocal()
     if steps.root == "rsqrt":
         rstd = variance.rsqrt()

@@ -40,7 +40,7 @@ class RoundingPlan:
     """The rounding steps of one RMSNorm, in the order in which eager takes them.
 
         h      = x.to(compute)
-        rstd   = root(mean(h * h) + eps)               in compute
+        rstd   = root(mean(h * h) + eps)               in compute; max(root, eps) where bounded
         unit   = x * rstd.to(rstd)                     formed in unit[0], then cast to unit[1], ...
         factor = (weight.to(weight[0]) + offset).to(weight[1])
         y      = (unit * factor).to(out)               the product in the promoted type
@@ -57,6 +57,8 @@ class RoundingPlan:
         weight: type in which the offset is added, and type that multiplies; None for a weightless
             norm.
         out: type of the result.
+        bounded: whether eps bounds the root from below, as in `torch.nn.functional.normalize`,
+            instead of being added under it; only of an L2 norm that divides by its root.
     """
 
     compute: torch.dtype
@@ -66,6 +68,7 @@ class RoundingPlan:
     out: torch.dtype
     mean: str = "mean"
     root: str = "rsqrt"
+    bounded: bool = False
 
     def __post_init__(self) -> None:
         for dtype in (self.compute, self.rstd, *self.unit, *(self.weight or ()), self.out):
@@ -75,6 +78,11 @@ class RoundingPlan:
         if self.mean not in (*MEANS, L2) or self.root not in ROOTS:
             raise ValueError(
                 f"mean must be one of {MEANS} and root one of {ROOTS}, got {self.mean}, {self.root}"
+            )
+        if self.bounded and (self.mean, self.root) != (L2, "divide_by_sqrt"):
+            raise ValueError(
+                f"eps bounds the root only of the mean {L2!r} and the root 'divide_by_sqrt', got "
+                f"{self.mean!r} and {self.root!r}: leave out bounded=True"
             )
 
     @classmethod
@@ -102,9 +110,9 @@ class RoundingPlan:
         return replace(self, mean=mean)
 
     @property
-    def statistic(self) -> tuple[torch.dtype, str, str]:
+    def statistic(self) -> tuple[torch.dtype, str, str, bool]:
         """What the inverse root is made with: plans that agree here can share one."""
-        return self.compute, self.mean, self.root
+        return self.compute, self.mean, self.root, self.bounded
 
     def with_out(self, out: torch.dtype) -> RoundingPlan:
         """The same norm with another type of its result."""
@@ -125,6 +133,8 @@ class RoundingPlan:
             words.append(self.mean)
         if self.root != "rsqrt":
             words.append(self.root)
+        if self.bounded:
+            words.append("bounded")
         if self.rstd != self.compute:
             words.append("rstd=" + SHORT[self.rstd])
         words.append("unit=" + ">".join(SHORT[dtype] for dtype in self.unit))
@@ -149,7 +159,7 @@ def _parse(text: str) -> RoundingPlan:
     chain = rf"(?:{short})(?:>(?:{short}))*"
     match = re.fullmatch(
         rf"(?P<compute>{short})(?: (?P<mean>{'|'.join((*MEANS, L2))}))?"
-        rf"(?: (?P<root>{'|'.join(ROOTS)}))?"
+        rf"(?: (?P<root>{'|'.join(ROOTS)}))?(?: (?P<bounded>bounded))?"
         rf"(?: rstd=(?P<rstd>{short}))? unit=(?P<unit>{chain})(?: weight=(?P<weight>{chain}))?"
         rf" out=(?P<out>{short})",
         text,
@@ -169,6 +179,7 @@ def _parse(text: str) -> RoundingPlan:
         unit=tuple(DTYPES[name] for name in words["unit"].split(">")),
         weight=(weight[0], weight[-1]) if weight else None,
         out=DTYPES[words["out"]],
+        bounded=words["bounded"] is not None,
     )
 
 

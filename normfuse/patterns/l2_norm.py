@@ -1,4 +1,4 @@
-"""x * rsqrt(sum(x^2) + eps), in any spelling  =>  normfuse::l2_norm."""
+"""x * rsqrt(sum(x^2) + eps), in any spelling, and F.normalize  =>  normfuse::l2_norm."""
 
 from __future__ import annotations
 
@@ -18,6 +18,6 @@ def _apply(node: Node, context: Context) -> Node | None:
 RULE = Rule(
     name="l2_norm",
     before="x -> L2 norm",
-    families="the linear attention of Qwen3-Next, Qwen 3.5 and Kimi Linear",
+    families="the linear attention of Qwen3-Next, Qwen 3.5 and Kimi Linear; `F.normalize`",
     apply=_apply,
 )

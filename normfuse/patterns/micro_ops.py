@@ -166,8 +166,13 @@ def _silu(kind: Kind, node: Node) -> MicroOp | None:
 
 
 def _clamp(kind: Kind, node: Node) -> MicroOp | None:
+    """A value and, where nothing bounds it from above, what it is at least."""
     operands = _arguments(node, ("self", "input"))
-    return None if operands is None else MicroOp(kind, operands)
+    if operands is None:
+        return None
+    both = _arguments(node, ("self", "input"), ("min", "other"))
+    has_upper = len(node.args) > 2 or node.kwargs.get("max") is not None
+    return MicroOp(kind, operands if both is None or has_upper else both)
 
 
 def _reduction(kind: Kind, node: Node) -> MicroOp | None:

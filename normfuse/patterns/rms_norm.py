@@ -83,7 +83,7 @@ def read_norm(site: Candidate | Node) -> Norm:
     return Norm(
         x=scaling.product.x,
         weight=weight.node if weight else None,
-        eps=statistic.eps,
+        eps=statistic.eps if scaling.product.bound is None else scaling.product.bound,
         offset=weight.offset if weight else 0.0,
         plan=scaling.plan(statistic),
         last=scaling.last,

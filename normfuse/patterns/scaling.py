@@ -28,14 +28,15 @@ from normfuse.patterns.micro_ops import (
     tensor,
     width_of,
 )
-from normfuse.patterns.statistic import Statistic
+from normfuse.patterns.statistic import Statistic, is_one_number
 
 
 @dataclass(frozen=True)
 class Product:
     """The node where x meets its inverse root: `unit = x * rstd`, or `x / sqrt`.
 
-    `copies` are the casts of x that eager reads, and that the op does without.
+    `bound` is what the root is at least, if anything bounds it, as in `F.normalize`. `copies` are
+    the casts of x that eager reads, and that the op does without.
     """
 
     node: Node
@@ -43,6 +44,7 @@ class Product:
     inverse: Node
     kind: str
     rstd: torch.dtype
+    bound: Operand | None
     nodes: tuple[Node, ...]
     copies: tuple[Node, ...]
 
@@ -85,6 +87,7 @@ class Scaling:
             unit=self.unit,
             weight=self.weight.dtypes if self.weight else None,
             out=self.out,
+            bounded=self.product.bound is not None,
         )
 
 
@@ -131,25 +134,47 @@ def _read_product(statistic: Statistic) -> Product:
                 check_promotion(user, value, inverse)
                 _check_column(inverse, statistic.h)
                 x = uncast(value)
-                rstd = _rounded_to(statistic, path)
+                bound, rstd = _bound_of(path, statistic), _rounded_to(statistic, path)
                 copies = (*path_between(value, x), *path_between(statistic.h, x))
-                return Product(user, x, inverse, kind, rstd, (*path, user), copies)
+                return Product(user, x, inverse, kind, rstd, bound, (*path, user), copies)
             others.append(user)
     if others:
         raise Decline("the inverse root multiplies another value than the one that was squared")
     raise Decline(_why_no_product(statistic))
 
 
+def _bounds(clamp: Node, root: Node) -> bool:
+    op = micro_op(clamp)
+    is_clamp = op is not None and op.kind is Kind.CLAMP and op.operands[0] is root
+    return is_clamp and dtype(clamp) == dtype(root)
+
+
+def _bound_of(path: tuple[Node, ...], statistic: Statistic) -> Operand | None:
+    """What bounds the root from below on its way to x; None if nothing does."""
+    clamps = [node for node in path if kind_of(node) is Kind.CLAMP]
+    if not clamps:
+        return None
+    op = micro_op(clamps[0])
+    assert op is not None
+    if len(clamps) > 1 or len(op.operands) < 2 or not is_one_number(op.operands[1]):
+        raise Decline("the root is clamped by more than one number from below")
+    if statistic.mean != L2:
+        raise Decline("the root of a mean is clamped, where an eps would be added under it")
+    if isinstance(statistic.eps, Node) or statistic.eps:
+        raise Decline("an eps is added under the root, and another number bounds it")
+    return op.operands[1]
+
+
 def _why_no_product(statistic: Statistic) -> str:
     uses = list(_uses_of_root(statistic))
     kinds = {kind_of(user) for user, _, _ in uses}
-    if Kind.CLAMP in kinds:
-        return "the root is clamped (F.normalize does so), where an eps would be added under it"
     if Kind.ADD in kinds:
         return "something is added to the root, where an eps would be added under it"
     divided = [(root, is_scaled) for user, root, is_scaled in uses if _divides_by(root, user)]
     if any(is_scaled for _, is_scaled in divided):
         return "the root is scaled before it divides: no plan has the rounding of that product"
+    if Kind.CLAMP in kinds:
+        return "the root is clamped, and does not divide the squared value itself"
     if any(root is not statistic.root for root, _ in divided):
         return "the root is cast or reshaped before it is inverted: its roundings cannot be read"
     return "no product of the squared value and its inverse root follows the statistic"
@@ -167,7 +192,8 @@ def _uses_of_root(statistic: Statistic) -> Iterator[tuple[Node, Node, bool]]:
                 continue
             is_per_row = same_sizes([fake_of(user).numel()], [fake_of(statistic.root).numel()])
             scales = op.kind in (Kind.MUL, Kind.DIV) and is_per_row
-            if scales or op.kind in (Kind.CAST, Kind.VIEW) or _inverts(op.kind, op.operands):
+            keeps = op.kind in (Kind.CAST, Kind.VIEW, Kind.CLAMP)
+            if scales or keeps or _inverts(op.kind, op.operands):
                 is_scaled[user] = is_scaled[root] or scales
                 waiting.append(user)
 
@@ -190,7 +216,8 @@ def _inverses(statistic: Statistic) -> Iterator[tuple[Node, str, tuple[Node, ...
             op = micro_op(user)
             if op is None:
                 continue
-            if op.kind is Kind.CAST or (op.kind is Kind.VIEW and _is_column(user, node, h)):
+            keeps = op.kind is Kind.CAST or (op.kind is Kind.VIEW and _is_column(user, node, h))
+            if keeps or (kind == "divide_by_sqrt" and _bounds(user, node)):
                 waiting.append((user, kind, (*path, user)))
             elif kind == "divide_by_sqrt" and not path and _inverts(op.kind, op.operands):
                 waiting.append((user, "reciprocal_sqrt", (*path, user)))

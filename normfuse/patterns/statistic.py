@@ -6,6 +6,7 @@
     variance  = mean + eps  |  eps + mean  |  mean
     root      = rsqrt(variance)  |  variance ** -0.5  |  1 / sqrt(variance)
               |  sqrt(variance), which divides
+              |  max(sqrt(variance), eps), which divides, of an L2 norm
 
 A new spelling is one line here. `find_statistic` reads leniently, so that every candidate gets a
 site in the report; `read_statistic` then insists, and declines with a sentence.
@@ -176,12 +177,13 @@ def _mean_and_eps(variance: Operand) -> tuple[Operand, Operand]:
         return variance, 0.0
     mean = _reducing_operand(op)  # of one row, the mean is one number, too
     eps = op.operands[1] if mean is op.operands[0] else op.operands[0]
-    if _is_one_number(eps):
+    if is_one_number(eps):
         return mean, eps
     raise Decline("what is added to the mean of the squares is not one number, so it is no eps")
 
 
-def _is_one_number(eps: Operand) -> bool:
+def is_one_number(eps: Operand) -> bool:
+    """A number, the node of a SymFloat, or a tensor of one element."""
     if not isinstance(eps, Node):
         return True
     fake = tensor(eps)

@@ -46,6 +46,7 @@ def plan_text(plan: RoundingPlan) -> str:
         "compute": NAMES[plan.compute],
         "mean": plan.mean,
         "root": plan.root,
+        "eps": "bounds" if plan.bounded else "added",
         "rstd": NAMES[plan.rstd],
         "form": NAMES[form],
         "unit": NAMES[narrowing[0] if narrowing else last],

@@ -167,18 +167,33 @@ def root_of_total(total, eps_ptr, N: tl.constexpr, EPS: tl.constexpr, PLAN: tl.c
         # On a GPU, eager's `mean`, `/ N` and `* (1 / N)` all multiply by the rounded reciprocal.
         reciprocal = tl.full([1, 1], 1.0 / N, total.dtype)
         mean = multiplied(total, reciprocal, COMPUTE, True, "none")  # eager's mean
-    if eps_ptr is None:
-        variance = rounded(mean + EPS, COMPUTE)  # eager's `+ eps`
-    else:
-        eps = rounded(tl.load(eps_ptr), COMPUTE)  # torch casts a 0-d operand first
-        variance = rounded(mean + eps, COMPUTE)
+    variance = mean
+    if step(PLAN, "eps") == "added":
+        if eps_ptr is None:
+            variance = rounded(mean + EPS, COMPUTE)  # eager's `+ eps`
+        else:
+            eps = rounded(tl.load(eps_ptr), COMPUTE)  # torch casts a 0-d operand first
+            variance = rounded(mean + eps, COMPUTE)
     if ROOT == "rsqrt" or ROOT == "pow":
         root = tl.rsqrt(variance)  # torch's `pow(-0.5)` is its rsqrt
     else:
         root = rounded(square_root(variance), COMPUTE)  # eager's sqrt
+        if step(PLAN, "eps") == "bounds":
+            root = bounded(root, eps_ptr, EPS, COMPUTE)
         if ROOT == "reciprocal_sqrt":
             root = divided(1.0, root)
     return rounded(root, COMPUTE)
+
+
+@triton.jit
+def bounded(root, eps_ptr, EPS: tl.constexpr, COMPUTE: tl.constexpr):
+    """Eager's `.clamp(min=eps)` of a root, which leaves what is not a number."""
+    if eps_ptr is None:
+        bound = tl.full([1, 1], EPS, root.dtype)
+    else:
+        bound = tl.load(eps_ptr).to(root.dtype)
+    bound = rounded(bound, COMPUTE)
+    return tl.where(root < bound, bound, root)
 
 
 @triton.jit
