@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from normfuse.ops.l2_norm import l2_norm_reference
 from normfuse.ops.lowering import ALL_OPS, inline_form
 from normfuse.ops.rms_norm import rms_norm_reference
 from normfuse.ops.rounding import RoundingPlan
@@ -36,6 +37,16 @@ def test_every_rounding_of_the_plan_stays_within_its_bounds(plan):
     for width in (1, 64, 769):
         for error, _ in errors(rms_norm_reference, *norm(plan, 64, width)):
             assert error.max() <= 1
+
+
+@pytest.mark.parametrize("eps", [1e-12, 8.0, torch.tensor(8.0)])
+def test_a_bounded_root_stays_within_its_bounds(eps):
+    number, tensor = (0.0, eps) if isinstance(eps, torch.Tensor) else (eps, None)
+    plan = "f32 sum divide_by_sqrt bounded rstd=bf16 unit=bf16 out=bf16"
+    x = random(64, 64, dtype=torch.bfloat16)
+    for error, bound in errors(l2_norm_reference, x, tensor, number, plan):
+        assert error.max() <= 1
+        assert bound.isfinite().all()
 
 
 def norm(plan, *shape):

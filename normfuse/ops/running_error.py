@@ -258,6 +258,13 @@ def _rsqrt(wide: torch.dtype, x: Twin) -> Twin:
     return _approximated(Twin(x.exact.rsqrt(), x.error / 2 * smallest.pow(-1.5)), wide)
 
 
+def _clamp(wide: torch.dtype, x: Twin, smallest: Any) -> Twin:
+    """The larger of two errs no more than the one of them that errs more."""
+    smallest = _twin(smallest)
+    exact = torch.maximum(x.exact, smallest.exact)
+    return Twin(exact, torch.maximum(x.error, smallest.error))
+
+
 def _sigmoid(wide: torch.dtype, x: Twin) -> Twin:
     """1 / (1 + exp(-x)): exp multiplies x by log2(e), so that |x| roundings come on top.
 
@@ -309,6 +316,7 @@ _RULES: dict[Any, Callable[..., Twin]] = {
     aten.pow: _pow,
     aten.sqrt: _sqrt,
     aten.rsqrt: _rsqrt,
+    aten.clamp: _clamp,
     aten.sigmoid: _sigmoid,
     aten.silu: _silu,
     aten.sum: _sum,
