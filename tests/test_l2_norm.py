@@ -85,6 +85,41 @@ def test_a_bounded_root_has_the_bits_of_the_graph_without_us(norm, dtype):
     assert [(site.op, site.reason) for site in report.sites] == [("l2_norm", None)]
 
 
+@pytest.mark.parametrize(
+    ("normalize", "reason"),
+    [
+        (
+            lambda x: x / x.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=1e-6),
+            "the root of a mean is clamped, where an eps would be added under it",
+        ),
+        (
+            lambda x: x / (x.pow(2).sum(-1, keepdim=True) + 1e-6).sqrt().clamp(min=1e-6),
+            "an eps is added under the root, and another number bounds it",
+        ),
+        (
+            lambda x: x / x.norm(dim=-1, keepdim=True).clamp(1e-6, 1.0),
+            "the root is clamped, and does not divide the squared value itself",
+        ),
+        (
+            lambda x: x / x.norm(dim=-1, keepdim=True).clamp(min=1e-6).clamp(min=1.0),
+            "the root is clamped by more than one number from below",
+        ),
+        (
+            lambda x: x * x.norm(dim=-1, keepdim=True).clamp(min=1e-6).reciprocal(),
+            "the root is clamped, and does not divide the squared value itself",
+        ),
+        (
+            lambda x: x / (x.norm(dim=-1, keepdim=True) * WIDTH**-0.5).clamp(min=1e-6),
+            "the root is scaled before it divides: no plan has the rounding of that product",
+        ),
+    ],
+)
+def test_other_clamps_of_a_root_are_declined(normalize, reason):
+    with torch.no_grad():
+        report = explain_with(normalize, (torch.randn(2, WIDTH).bfloat16(),))
+    assert [(site.op, site.reason) for site in report.sites] == [(None, reason)]
+
+
 def test_a_factor_behind_it_is_no_weight():
     def scaled(x, weight):
         return rounded(x) * weight

@@ -51,39 +51,6 @@ def test_root_scales_another_value():
     )
 
 
-@pytest.mark.parametrize(
-    ("normalize", "reason"),
-    [
-        (
-            lambda x: x / x.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=EPS),
-            "the root of a mean is clamped, where an eps would be added under it",
-        ),
-        (
-            lambda x: x / (x.pow(2).sum(-1, keepdim=True) + EPS).sqrt().clamp(min=EPS),
-            "an eps is added under the root, and another number bounds it",
-        ),
-        (
-            lambda x: x / x.norm(dim=-1, keepdim=True).clamp(EPS, 1.0),
-            "the root is clamped, and does not divide the squared value itself",
-        ),
-        (
-            lambda x: x / x.norm(dim=-1, keepdim=True).clamp(min=EPS).clamp(min=1.0),
-            "the root is clamped by more than one number from below",
-        ),
-        (
-            lambda x: x * x.norm(dim=-1, keepdim=True).clamp(min=EPS).reciprocal(),
-            "the root is clamped, and does not divide the squared value itself",
-        ),
-        (
-            lambda x: x / (x.norm(dim=-1, keepdim=True) * WIDTH**-0.5).clamp(min=EPS),
-            "the root is scaled before it divides: no plan has the rounding of that product",
-        ),
-    ],
-)
-def test_root_is_clamped(normalize, reason):
-    assert declined(normalize, activation(2)) == reason
-
-
 def cosmos_norm(x):
     """As CosmosLearnablePositionalEmbed of diffusers, and as `normalize` of EDM 2."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)

@@ -27,13 +27,12 @@ from normfuse.patterns.micro_ops import (
 from normfuse.patterns.rule import Context, Rule, emit, erase, result
 from normfuse.patterns.scaling import (
     Scaling,
-    path_between,
     read_scaling,
-    read_weight,
     uncast,
     users_of,
 )
 from normfuse.patterns.statistic import Candidate, Statistic, find_statistic, read_statistic
+from normfuse.patterns.weight import path_between, read_weight
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,13 @@ from normfuse.patterns.micro_ops import (
     keeps_rows,
     kind_of,
     micro_op,
-    pairs,
     same_sizes,
     source_of,
     tensor,
     width_of,
 )
 from normfuse.patterns.statistic import Statistic, is_one_number
+from normfuse.patterns.weight import Weight, path_between, read_weight
 
 
 @dataclass(frozen=True)
@@ -46,19 +46,6 @@ class Product:
     rstd: torch.dtype
     bound: Operand | None
     nodes: tuple[Node, ...]
-    copies: tuple[Node, ...]
-
-
-@dataclass(frozen=True)
-class Weight:
-    """`weight + offset`: the plain weight, and the types of the sum and of the factor.
-
-    `copies` are the nodes between the plain weight and the factor, which the op does without.
-    """
-
-    node: Node
-    offset: float
-    dtypes: tuple[torch.dtype, torch.dtype]
     copies: tuple[Node, ...]
 
 
@@ -274,17 +261,6 @@ def uncast(node: Node) -> Node:
     return node
 
 
-def path_between(node: Node, source: Node) -> tuple[Node, ...]:
-    """The casts, views and offsets from a node back to the value that they were made of."""
-    path = []
-    while node is not source:
-        path.append(node)
-        op = micro_op(node)
-        assert op is not None
-        node = next(operand for operand in op.operands if isinstance(operand, Node))
-    return tuple(path)
-
-
 def check_promotion(node: Node, left: Node, right: Node) -> None:
     expected = torch.promote_types(dtype(left), dtype(right))
     if dtype(node) != expected:
@@ -376,50 +352,3 @@ def _is_parameter(node: Node) -> bool:
     while (op := micro_op(current)) is not None and op.kind in (Kind.CAST, Kind.VIEW, Kind.ADD):
         current = op.operands[0] if isinstance(op.operands[0], Node) else op.operands[1]
     return isinstance(current, Node) and current.op in ("placeholder", "get_attr")
-
-
-def read_weight(factor: Node, width: int) -> Weight | None:
-    """`(weight.float() + 1.0).to(bf16)` -> weight, 1.0, (f32, bf16); a lone cast goes as well."""
-    multiplied = dtype(factor)
-    node = _unview(factor)
-    inner = source_of(node, Kind.CAST)
-    summed = _unview(inner) if inner is not None else node
-    for candidate in (node, summed):
-        op = micro_op(candidate)
-        if op is None or op.kind is not Kind.ADD:
-            continue
-        for value, offset in pairs(op):
-            if not isinstance(value, Node) or isinstance(offset, Node):
-                continue
-            plain = _peel_cast(value)
-            if dtype(value) == dtype(candidate) and _is_vector(plain, width):
-                types = (dtype(candidate), multiplied)
-                return Weight(plain, float(offset), types, path_between(factor, plain))
-    plain = _peel_cast(node)
-    if _is_vector(plain, width):
-        return Weight(plain, 0.0, (multiplied, multiplied), path_between(factor, plain))
-    if not _is_vector(node, width):
-        return None
-    return Weight(node, 0.0, (multiplied, multiplied), path_between(factor, node))
-
-
-def _peel_cast(node: Node) -> Node:
-    source = source_of(_unview(node), Kind.CAST)
-    return _unview(source) if source is not None else _unview(node)
-
-
-def _unview(node: Node) -> Node:
-    """A vector before the views that only add leading axes of size 1, or split it in groups."""
-    while (source := source_of(node, Kind.VIEW)) is not None:
-        before, after = fake_of(source), fake_of(node)
-        if before.dim() < 1 or before.numel() != after.numel():
-            break
-        if before.dim() > 1 and before.shape[-1] != after.shape[-1]:
-            break
-        node = source
-    return node
-
-
-def _is_vector(node: Node, width: int) -> bool:
-    fake = tensor(node)
-    return fake is not None and fake.shape == (width,) and fake.dtype in FLOATS

@@ -24,7 +24,8 @@ from normfuse.patterns.micro_ops import (
     width_of,
 )
 from normfuse.patterns.rule import existing_result
-from normfuse.patterns.scaling import check_promotion, read_weight, rounds_once
+from normfuse.patterns.scaling import check_promotion, rounds_once
+from normfuse.patterns.weight import read_weight
 
 
 @dataclass(frozen=True)
