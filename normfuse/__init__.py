@@ -13,6 +13,7 @@ from normfuse.ops import (
     Modulation,
     QKRMSNorm,
     RMSNormAddRMSNorm,
+    RoPE,
     RoundingPlan,
     add_rms_norm,
     dual_rms_norm_add,
@@ -26,6 +27,7 @@ from normfuse.ops import (
     rms_norm_add,
     rms_norm_add_rms_norm,
     rms_norms,
+    rope,
 )
 from normfuse.ops.checking import CheckedSite, Violation
 from normfuse.report import Report, Site
@@ -45,6 +47,7 @@ __all__ = [
     "QKRMSNorm",
     "RMSNormAddRMSNorm",
     "Report",
+    "RoPE",
     "RoundingPlan",
     "Site",
     "Violation",
@@ -65,5 +68,6 @@ __all__ = [
     "rms_norm_add",
     "rms_norm_add_rms_norm",
     "rms_norms",
+    "rope",
     "testing",
 ]

@@ -27,6 +27,7 @@ RULE_NAMES = (
     "rms_norm_add_rms_norm",
     "qk_rms_norm",
     "add_rms_norm",
+    "rope",
 )
 
 

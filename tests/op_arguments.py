@@ -100,6 +100,10 @@ def _qk_rms_norm_rope(dtype, plan):
     return heads, weights, table(dtype), table(dtype), *norms, turns(dtype)
 
 
+def _rope(dtype, _):
+    return [heads_of(4, dtype), heads_of(2, dtype)], table(dtype), table(dtype), turns(dtype)
+
+
 def heads_of(num, dtype):
     return torch.randn(2, 5, num, WIDTH).to(dtype).transpose(1, 2)
 

@@ -233,7 +233,7 @@ LOWERINGS = "auto, triton, inline, op"
 RULES = (
     "rms_norm, l2_norm, qk_rms_norm_rope, gated_rms_norm, modulated_rms_norm, dual_rms_norm_add, "
     "rms_norm_add, rms_norms, dual_rms_norm_add_rms_norm, rms_norm_add_rms_norm, qk_rms_norm, "
-    "add_rms_norm"
+    "add_rms_norm, rope"
 )
 OPTIONS = (
     "normfuse.lowering, normfuse.numerics, normfuse.rules, normfuse.skip, "

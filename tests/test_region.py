@@ -6,7 +6,7 @@ from expecttest import TestCase
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from normfuse.ops import ADD_RMS_NORM, QK_RMS_NORM_ROPE, RMS_NORM
+from normfuse.ops import ADD_RMS_NORM, QK_RMS_NORM_ROPE, RMS_NORM, ROPE
 from normfuse.passes import measure
 from normfuse.passes.recognise import is_op
 from normfuse.passes.region import Spec, cut_out, key_of, neighbours_of, rows_of
@@ -187,3 +187,23 @@ def test_inputs_have_the_strides_of_the_graph(shape, stride):
     ((one,), (other,)) = measure.input_sets([spec], 2)
     assert (tuple(one.shape), one.stride(), one.dtype) == (shape, stride, torch.bfloat16)
     assert one.data_ptr() != other.data_ptr() or 0 in shape
+
+
+def test_an_embedding_without_a_norm_is_measured_with_what_makes_its_tables():
+    def turned(q, angles):
+        cos, sin = angles.cos().mul(2), angles.sin().mul(2)
+        return ROPE([q], cos, sin, ["half 128 in=bf16 out=bf16"])[0].relu(), cos
+
+    def by_tables(q, cos, sin):
+        return ROPE([q], cos, sin, ["half 128 in=bf16 out=bf16"])[0]
+
+    q, angles = (2, 4, 5, 128), (2, 1, 5, 128)
+    made, given = only_site(turned, q, angles), only_site(by_tables, q, *[(2, 1, 5, 128)] * 2)
+
+    assert "makes its tables" in key_of(made, "A GPU").parameters
+    assert "makes its tables" not in key_of(given, "A GPU").parameters
+    region = cut_out(made, "A GPU")
+    assert {"before cos", "before sin", "after relu"} <= set(region.neighbours)
+    assert [spec.shape for spec in region.inputs] == [angles, q]
+    (output,) = region.module.graph.find_nodes(op="output")
+    assert len(output.args[0]) == 1  # the tables of other layers are theirs

@@ -22,6 +22,7 @@ from normfuse.ops.rms_norm_add_rms_norm import (
     rms_norm_add_rms_norm,
 )
 from normfuse.ops.rms_norms import RMS_NORMS, rms_norms
+from normfuse.ops.rope import ROPE, RoPE, rope
 from normfuse.ops.rotation import Rotation
 from normfuse.ops.rounding import RoundingPlan
 
@@ -38,12 +39,14 @@ __all__ = [
     "RMS_NORMS",
     "RMS_NORM_ADD",
     "RMS_NORM_ADD_RMS_NORM",
+    "ROPE",
     "AddRMSNorm",
     "DualRMSNormAddRMSNorm",
     "Gating",
     "Modulation",
     "QKRMSNorm",
     "RMSNormAddRMSNorm",
+    "RoPE",
     "Rotation",
     "RoundingPlan",
     "add_rms_norm",
@@ -58,4 +61,5 @@ __all__ = [
     "rms_norm_add",
     "rms_norm_add_rms_norm",
     "rms_norms",
+    "rope",
 ]

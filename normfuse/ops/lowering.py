@@ -78,6 +78,7 @@ from normfuse.ops.rms_norms_backward import (
     for_launch_of_norms,
     rms_norms_backward_reference,
 )
+from normfuse.ops.rope import ROPE, parsed_rotations, rope_reference
 from normfuse.ops.rotation import Rotation
 from normfuse.ops.rounding import RoundingPlan
 
@@ -92,6 +93,7 @@ _REFERENCES: dict[Any, Callable[..., Any]] = {
     RMS_NORM_ADD_RMS_NORM: rms_norm_add_rms_norm_reference,
     QK_RMS_NORM: qk_rms_norm_reference,
     QK_RMS_NORM_ROPE: qk_rms_norm_rope_reference,
+    ROPE: rope_reference,
     DUAL_RMS_NORM_ADD: dual_rms_norm_add_reference,
     DUAL_RMS_NORM_ADD_RMS_NORM: dual_rms_norm_add_rms_norm_reference,
     RMS_NORM_BACKWARD: rms_norm_backward_reference,
@@ -148,7 +150,7 @@ def obstacle_to_kernel(op: Any, arguments: tuple[Any, ...]) -> str | None:
     for value in tree_leaves(arguments):
         if isinstance(value, torch.SymFloat):
             return "eps or a scale is symbolic, and the kernel is compiled for its value"
-    if op in (QK_RMS_NORM, QK_RMS_NORM_ROPE, QK_RMS_NORM_ROPE_BACKWARD):
+    if op in (QK_RMS_NORM, QK_RMS_NORM_ROPE, ROPE, QK_RMS_NORM_ROPE_BACKWARD):
         obstacle = obstacle_to_one_launch(activations)
         if obstacle is not None:
             return obstacle
@@ -275,6 +277,13 @@ def _launch_qk_rms_norm_rope(wrap: Any, used: tuple[bool, ...], *arguments: Any)
     return launch(xs, *norms, stores=used, wrap=wrap)
 
 
+def _launch_rope(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
+    from normfuse.ops.kernels.rope import launch
+
+    xs, cos, sin, rotations = arguments
+    return launch(xs, cos, sin, parsed_rotations(rotations), wrap=wrap)
+
+
 def _launch_dual(num_norms: int, wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
     from normfuse.ops.kernels.dual_rms_norm_add import launch
 
@@ -373,6 +382,7 @@ _LAUNCHES: dict[Any, Callable[..., Any]] = {
     RMS_NORM_ADD_RMS_NORM: _launch_rms_norm_add_rms_norm,
     QK_RMS_NORM: _launch_qk_rms_norm,
     QK_RMS_NORM_ROPE: _launch_qk_rms_norm_rope,
+    ROPE: _launch_rope,
     DUAL_RMS_NORM_ADD: partial(_launch_dual, 3),
     DUAL_RMS_NORM_ADD_RMS_NORM: partial(_launch_dual, 4),
     RMS_NORM_BACKWARD: _launch_rms_norm_backward,

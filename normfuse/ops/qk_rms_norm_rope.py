@@ -27,15 +27,14 @@ from normfuse.ops.registration import needs_plain_torch, register
 from normfuse.ops.rms_norm import rms_norm_reference
 from normfuse.ops.rms_norms import weight_of_each
 from normfuse.ops.rotation import (
-    LAYOUTS,
     Rotation,
+    checked_rotations,
     empty_result,
     rotated,
     rotated_backward,
     table_gradients,
 )
 from normfuse.ops.rounding import RoundingPlan
-from normfuse.ops.validation import check_table
 
 SCHEMA = (
     "qk_rms_norm_rope(Tensor[] xs, Tensor[] weights, Tensor cos, Tensor sin,"
@@ -200,21 +199,11 @@ def qk_rms_norm_rope(
         TypeError, ValueError: a type, shape or device does not fit.
     """
     norms = checked_norms(q, k, v, weight_q, weight_k, eps, offset, (plan_q, plan_k))
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}: choose one")
-    rotations = []
-    for name, x, plan in zip(("q", "k"), norms.xs, norms.plans, strict=False):
-        dim = x.shape[-1] if rotary_dim is None else rotary_dim
-        check_table("cos", cos, name, x, dim)
-        check_table("sin", sin, name, x, dim)
-        out = RoundingPlan.parse(plan).out
-        wide = torch.float32 if layout == "complex" else out
-        rotations.append(str(Rotation(layout, dim, wide, out)))
-    if sin.shape != cos.shape or sin.dtype != cos.dtype:
-        raise ValueError(
-            f"sin must have the shape and type of cos, {tuple(cos.shape)} {cos.dtype}, got "
-            f"{tuple(sin.shape)} {sin.dtype}: expand or cast it before the call"
-        )
+    named = [
+        (name, x, RoundingPlan.parse(plan).out)
+        for name, x, plan in zip(("q", "k"), norms.xs, norms.plans, strict=False)
+    ]
+    rotations = checked_rotations(named, cos, sin, layout, rotary_dim)
     rotations += ["none"] * (len(norms.xs) - 2)
     xs, weights, *numbers = norms
     results = QK_RMS_NORM_ROPE(xs, weights, cos, sin, *numbers, rotations)

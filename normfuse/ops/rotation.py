@@ -9,6 +9,7 @@ numbers ("complex"). Only `dim` columns turn, the others pass ("partial").
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -16,6 +17,7 @@ import torch
 
 from normfuse.ops.layout import dense_like
 from normfuse.ops.rounding import DTYPES, SHORT
+from normfuse.ops.validation import check_table
 
 LAYOUTS = ("half", "interleaved", "complex")
 
@@ -93,6 +95,42 @@ def _parse(text: str) -> Rotation | None:
         out=DTYPES[words["out"]],
         is_contiguous=words["contiguous"] is not None,
     )
+
+
+def checked_rotations(
+    named: Sequence[tuple[str, torch.Tensor, torch.dtype]],
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    layout: str,
+    rotary_dim: int | None,
+) -> list[str]:
+    """How public functions turn their tensors, as ops carry it.
+
+    Args:
+        named: each tensor (..., D) that turns: its name, itself, and the type of what turns.
+        cos: broadcasts against each.
+        sin: the same.
+        layout: one of `LAYOUTS`.
+        rotary_dim: how many of the first columns turn; None for all.
+
+    Raises:
+        TypeError, ValueError: a type, shape or device does not fit.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}: choose one")
+    rotations = []
+    for name, x, out in named:
+        dim = x.shape[-1] if rotary_dim is None else rotary_dim
+        check_table("cos", cos, name, x, dim)
+        check_table("sin", sin, name, x, dim)
+        wide = torch.float32 if layout == "complex" else out
+        rotations.append(str(Rotation(layout, dim, wide, out)))
+    if sin.shape != cos.shape or sin.dtype != cos.dtype:
+        raise ValueError(
+            f"sin must have the shape and type of cos, {tuple(cos.shape)} {cos.dtype}, got "
+            f"{tuple(sin.shape)} {sin.dtype}: expand or cast it before the call"
+        )
+    return rotations
 
 
 def rotated(

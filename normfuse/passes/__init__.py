@@ -113,7 +113,9 @@ class _AfterAutograd:
         if self.settings.lowering == "auto" and self.recorder is None:
             recognise_what_may_win(graph, "val", self.settings)
         else:
-            Recognise("val", self.settings, self.recorder)(graph)
+            recognise = Recognise("val", self.settings, self.recorder)
+            recognise(graph)
+            recognise.turn(graph)
         for node in filter(is_op, graph.nodes if self.is_alone else ()):
             node.meta[IN_ORDER] = True
         inductor.keep_artifact("recognised_after_autograd", graph)

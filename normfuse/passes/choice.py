@@ -69,10 +69,12 @@ class Widths(NamedTuple):
     Attributes:
         whole: of norms over whole rows.
         in_groups: of rows whose norms may run over equal parts of them.
+        turned: of heads that turn without a norm.
     """
 
     whole: frozenset[int]
     in_groups: frozenset[int]
+    turned: frozenset[int]
 
     def may_include(self, width: int) -> bool:
         return width in self.whole or any(row % width == 0 for row in self.in_groups)
@@ -81,9 +83,12 @@ class Widths(NamedTuple):
 def widths_won(device_names: Iterable[str], settings: Settings) -> Widths:
     """The widths at which any kernel of a forward won anything."""
     keys = [key for key in _winners(device_names, settings) if not key.op.endswith("_backward")]
-    whole = frozenset(width for key in keys for width in key.widths)
+    whole, turned = (
+        frozenset(width for key in keys if (key.op == "rope") is turns for width in key.widths)
+        for turns in (False, True)
+    )
     grouped = (key.widths[0] for key in keys if key.op == "gated_rms_norm")
-    return Widths(whole, frozenset(grouped))
+    return Widths(whole, frozenset(grouped), turned)
 
 
 def _winners(device_names: Iterable[str], settings: Settings) -> Iterator[Key]:

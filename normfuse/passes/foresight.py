@@ -46,12 +46,16 @@ def recognise_what_may_win(
     recognise = Recognise(fake_key, settings, recorder)
     if settings.tune == "compile":  # whatever is not known yet will be measured
         recognise(graph)
+        if fake_key == "val":
+            recognise.turn(graph)
     elif training:
         hopeless = _hopeless_sites(graph, recognise, settings)
         Recognise(fake_key, settings)(graph, lambda site: _root(site) in hopeless)
     else:
         widths = choice.widths_won(names, settings)
         recognise(graph, lambda site: not widths.may_include(_width(site)))
+        if fake_key == "val" and widths.turned:
+            recognise.turn(graph, lambda value: _last_size(value) not in widths.turned)
 
 
 def _devices(graph: Graph, fake_key: str) -> set[torch.device]:
@@ -67,9 +71,15 @@ def _root(site: Candidate | Node) -> Node:
 
 def _width(site: Candidate | Node) -> int:
     """The size of the normalised axis, which the result of a vector's length has no more."""
-    value = tensor(_first(site) if isinstance(site, Node) else site.squares)
-    assert value is not None
-    return int(inductor.hint(value.shape[-1]))
+    width = _last_size(_first(site) if isinstance(site, Node) else site.squares)
+    assert width is not None
+    return width
+
+
+def _last_size(node: Node) -> int | None:
+    """The size of the last axis; None for what is no tensor, or has no axis."""
+    value = tensor(node)
+    return int(inductor.hint(value.shape[-1])) if value is not None and value.dim() else None
 
 
 def _first(call: Node) -> Node:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch.fx import Graph, Node
 
 from normfuse.passes.recorder import Place, Recorder
-from normfuse.patterns import COMPOSE, RECOGNISE
+from normfuse.patterns import COMPOSE, RECOGNISE, TURN
 from normfuse.patterns.decline import Decline
 from normfuse.patterns.functional import write_out_of_place
 from normfuse.patterns.identity import skip_to_sum
@@ -63,6 +63,35 @@ class Recognise:
             if self.settings.allows(rule.name):
                 self._compose(rule, sites, context)
         return sites
+
+    def turn(self, graph: Graph, leaves: Callable[[Node], bool] | None = None) -> None:
+        """Rewrite the rotary embeddings that no norm took; after the call, and in inference only.
+
+        Args:
+            graph: after recognition, without writes.
+            leaves: whether a value that may turn is to be left as it is; None leaves none.
+        """
+        context = Context(graph, Mutations(graph), self.fake_key, self.settings.numerics)
+        for rule in (one for one in TURN if self.settings.allows(one.name)):
+            for node in list(graph.nodes):
+                if not node._erased and not (leaves and leaves(node)):
+                    self._turn(rule, node, context)
+
+    def _turn(self, rule: Rule, node: Node, context: Context) -> None:
+        try:
+            op = None if self._skips(node) else rule.apply(node, context)
+        except Decline as decline:
+            place = Place.of(node)
+            log.debug("%s (%s): no %s: %s", place.module, place.source, rule.name, decline)
+            return
+        if op is not None and self.recorder is not None:
+            self.recorder.turned()
+
+    def _skips(self, node: Node) -> bool:
+        """Whether an option names the module of a node."""
+        if not self.settings.skip:
+            return False
+        return self.settings.skipped_by(Place.of(node).module) is not None
 
     def _recognise(self, node: Node, sites: dict[Node, list[Node]], context: Context) -> None:
         place = Place.of(node)

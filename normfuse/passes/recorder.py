@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from normfuse.report import Report, Site
+from normfuse.report import Report, Site, plural
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ class Recorder:
     sites: list[Site] = field(default_factory=list)
     before: list[str] = field(default_factory=list)
     after: list[str] = field(default_factory=list)
+    num_turned: int = 0
     _pending: list[Site] = field(default_factory=list)
     _fused: dict[Place, list[int]] = field(default_factory=lambda: defaultdict(list))
     _is_lowered: bool = False
@@ -112,6 +113,10 @@ class Recorder:
         for index in indices:
             self.sites[index] = replace(self.sites[index], op=op)
 
+    def turned(self) -> None:
+        """A rotary embedding without a norm became part of an op; it is no site."""
+        self.num_turned += 1
+
     def lowered(self, place: Place, lowering: str, reason: str | None) -> None:
         for index in self._fused.get(place, []):
             self.sites[index] = replace(
@@ -120,7 +125,11 @@ class Recorder:
 
     def report(self) -> Report:
         self._settle()
-        return Report(self.sites, "\n\n".join(self.before), "\n\n".join(self.after))
+        notes = []
+        if self.num_turned:
+            what = plural(self.num_turned, "rotary embedding")
+            notes.append(f"Beside the norms, {what} that no norm precedes became part of a `rope`.")
+        return Report(self.sites, "\n\n".join(self.before), "\n\n".join(self.after), notes)
 
     def _settle(self) -> None:
         self.sites += self._pending

@@ -13,6 +13,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves, tree_map
 
+from normfuse.ops import ROPE
 from normfuse.ops.rounding import SHORT
 from normfuse.passes import inductor
 from normfuse.tuning import Key, Rows, minor
@@ -75,6 +76,8 @@ def key_of(node: Node, device_name: str) -> Key:
     words = [leaf for leaf in tree_leaves(node.args) if isinstance(leaf, (str, bool, int))]
     if _lacks_grad_total(node):
         words.append("no grad_total")  # which is as large as the other activations
+    if _makers_of_tables(node):
+        words.append("makes its tables")  # another question than that of tables that are there
     return Key(
         device_name,
         minor(torch.__version__),
@@ -105,13 +108,14 @@ def rows_of(node: Node) -> Rows:
 
 def neighbours_of(node: Node) -> tuple[str, ...]:
     """The names of a site's pointwise neighbours, sorted; views cost nothing and have none."""
-    before, after = _before(node), _after(node)
+    before, after = [*_before(node), *_makers_of_tables(node)], _after(node)
     return _names(before, after)
 
 
 def cut_out(node: Node, device_name: str) -> Region:
     """The region of a site, at the hints of its symbolic numbers."""
-    before, after = _before(node), _after(node)
+    makers = _makers_of_tables(node)
+    before, after = [*_before(node), *makers], _after(node)
     results = [user for user in node.users if user.target is operator.getitem and user.users]
     inside = {*before, node, *results, *after}
     graph = Graph()
@@ -125,7 +129,9 @@ def cut_out(node: Node, device_name: str) -> Region:
             inputs.append(Spec.of(_value(operand)))
         environment[old] = _copy(graph, old, environment)
     leaving = [
-        old for old in inside if old is not node and any(user not in inside for user in old.users)
+        old
+        for old in inside.difference(makers)
+        if old is not node and any(user not in inside for user in old.users)
     ]
     leaving.sort(key=list(environment).index)
     graph.output(tuple(environment[old] for old in leaving))
@@ -168,8 +174,24 @@ def _before(node: Node) -> list[Node]:
     Smaller ones, such as tables of cosines, are made once for many sites.
     """
     size = min(inductor.hint(x.numel()) for x in _activations(node))
+    return _producers(list(node.all_input_nodes), size)
+
+
+def _makers_of_tables(node: Node) -> list[Node]:
+    """What an embedding without a norm makes its tables of.
+
+    Inductor would compute the cosine of an angle anew for every head of every layer; an op reads a
+    table. That is most of what it gains, and all sites together pay for it once: each is charged
+    the whole of it here.
+    """
+    if node.target is not ROPE:
+        return []
+    return _producers([one for one in node.args[1:3] if isinstance(one, Node)], 0)
+
+
+def _producers(pending: list[Node], size: int) -> list[Node]:
+    """Pointwise producers of at least so many elements, and the views between them."""
     found: dict[Node, None] = {}
-    pending = list(node.all_input_nodes)
     while pending and sum(map(is_pointwise, found)) < MAX_NEIGHBOURS:
         producer = pending.pop(0)
         if producer in found or not (is_pointwise(producer) or is_view(producer)):

@@ -13,6 +13,7 @@ from normfuse.patterns import (
     rms_norm_add,
     rms_norm_add_rms_norm,
     rms_norms,
+    rope,
 )
 
 # Each takes what the other leaves.
@@ -39,6 +40,9 @@ COMPOSE = (
     add_rms_norm.RULE,
 )
 
-RULES = (*RECOGNISE, *COMPOSE)
+# What is left has no norm. It comes after them: a norm takes the embedding behind it.
+TURN = (rope.RULE,)
 
-__all__ = ["COMPOSE", "RECOGNISE", "RULES"]
+RULES = (*RECOGNISE, *COMPOSE, *TURN)
+
+__all__ = ["COMPOSE", "RECOGNISE", "RULES", "TURN"]

@@ -25,15 +25,15 @@ aten = torch.ops.aten
 
 # They move columns, and run on column numbers as they are. A move along a leading dimension changes
 # its size, which is noticed; one that does not (roll, flip, an index of numbers) is left out.
-_MOVES: set[Any] = {
+MOVES: set[Any] = {
     *(operator.getitem, torch.cat, torch.concat, torch.stack, torch.chunk, torch.split),
-    *(torch.narrow, torch.unbind, torch.flatten, torch.select),
-    *("chunk", "split", "narrow", "unbind", "flatten", "select"),
+    *(torch.narrow, torch.unbind, torch.flatten, torch.select, torch.unsqueeze),
+    *("chunk", "split", "narrow", "unbind", "flatten", "select", "unsqueeze"),
     *(aten.slice.Tensor, aten.cat.default, aten.stack.default, aten.split.Tensor),
-    *(aten.select.int, aten.unbind.int, aten.split_with_sizes.default),
+    *(aten.select.int, aten.unbind.int, aten.split_with_sizes.default, aten.unsqueeze.default),
 }
 _NEGATIONS: set[Any] = {operator.neg, torch.neg, torch.negative, "neg", aten.neg.default}
-_RESHAPES: set[Any] = {
+RESHAPES: set[Any] = {
     *(torch.reshape, "view", "reshape", "unflatten"),
     *(aten.view.default, aten.reshape.default, aten._unsafe_view.default),
 }
@@ -42,10 +42,11 @@ _PURE: set[Any] = {
     *(torch.cos, torch.sin, "cos", "sin", aten.cos.default, aten.sin.default, torch.complex),
     *(torch.repeat_interleave, "repeat_interleave", "repeat"),
     *(torch.conj, torch.resolve_conj, "conj", "resolve_conj"),
+    *(aten.complex.default, aten._conj.default, aten.expand.default, aten.clone.default),
 }
-_TO_COMPLEX: set[Any] = {torch.view_as_complex, aten.view_as_complex.default}
+TO_COMPLEX: set[Any] = {torch.view_as_complex, aten.view_as_complex.default}
 _TO_REAL: set[Any] = {torch.view_as_real, aten.view_as_real.default}
-_REPEATABLE = _MOVES | _NEGATIONS | _TO_REAL | _PURE
+_REPEATABLE = MOVES | _NEGATIONS | _TO_REAL | _PURE
 
 
 @dataclass(frozen=True)
@@ -135,14 +136,14 @@ class Reader:
         if node.op not in ("call_function", "call_method"):
             return None
         for targets, evaluate in (
-            (_MOVES, self._move),
+            (MOVES, self._move),
             (_NEGATIONS, self._negate),
-            (_RESHAPES, self._reshape),
-            (_TO_COMPLEX, self._as_parts),
+            (RESHAPES, self._reshape),
+            (TO_COMPLEX, self._as_parts),
             (_TO_REAL, self._as_parts),
         ):
             if node.target in targets:
-                return evaluate(node) if node.args or targets is _MOVES else None
+                return evaluate(node) if node.args or targets is MOVES else None
         op = micro_op(node)
         if op is None:
             return None

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.fx import Node
-from torch.fx.node import map_arg
 
 from normfuse.ops import QK_RMS_NORM_ROPE, RMS_NORM
-from normfuse.ops.rotation import Rotation, empty_result
-from normfuse.ops.rounding import FLOATS
-from normfuse.patterns.columns import Table
 from normfuse.patterns.decline import Decline
 from normfuse.patterns.fakes import fake_empty
-from normfuse.patterns.micro_ops import fake_mode, fake_of, same_layout
-from normfuse.patterns.rotary import Rotary, read_rotary
+from normfuse.patterns.micro_ops import fake_mode, fake_of
+from normfuse.patterns.rotary import laid_out, negations, read_rotary, tables_of
 from normfuse.patterns.rule import (
     Context,
     Rule,
@@ -64,9 +58,9 @@ def _turn(node: Node, context: Context) -> Node | None:
     rotary = read_rotary((y, *copies, *heads)[-1])
     if rotary is None:
         return None
-    context.mutations.forbid_between((node, *copies, *heads, *rotary.nodes, *_negations(rotary)))
-    rotation = _laid_out(rotary, fake_of(heads[-1] if heads else y))
-    tables = [_table(table, rotary.last, context) for table in (rotary.cos, rotary.sin)]
+    context.mutations.forbid_between((node, *copies, *heads, *rotary.nodes, *negations(rotary)))
+    rotation = laid_out(rotary, fake_of(heads[-1] if heads else y))
+    tables = tables_of(rotary, context)
     for view in heads:
         x = _repeated(view, x, rotary.last, context)
     rstd = fakes_of(context, node)[1]
@@ -126,63 +120,6 @@ def _repeated(view: Node, x: Node, before: Node, context: Context) -> Node:
         raise Decline("the input of the norm cannot be viewed as the heads that turn") from None
     copy.meta[context.fake_key] = fake
     return copy
-
-
-def _laid_out(rotary: Rotary, x: torch.Tensor) -> Rotation:
-    """The rotation, with the layout that eager gives its result."""
-    last = fake_of(rotary.last)
-    for is_contiguous in (False, True):
-        rotation = replace(rotary.rotation, is_contiguous=is_contiguous)
-        with fake_mode(rotary.last):
-            wanted = empty_result(x, rotation)
-        if same_layout(wanted, last):
-            return rotation
-    raise Decline("the result is laid out neither as the normalised value nor contiguously")
-
-
-def _negations(rotary: Rotary) -> set[Node]:
-    """What stands between the tables and the nodes that turn: a write behind it is not its own."""
-    tables = {rotary.cos.node, rotary.sin.node}
-    read = {operand for node in rotary.nodes for operand in node.all_input_nodes}
-    between = read.difference(rotary.nodes)
-    return {one for one in between if not tables.isdisjoint(one.all_input_nodes)}
-
-
-def _table(table: Table, before: Node, context: Context) -> Node:
-    """The node of cos or sin; a negative and a part of a complex table are nodes of their own.
-
-    A conjugate that is only marked as one is written out first, as eager's product does: the
-    imaginary part is negated, and nothing is rounded.
-
-    Raises:
-        Decline: it is complex, and neither of two float32 nor of two float64.
-    """
-    node, fake = table.node, fake_of(table.node)
-    if fake.dtype in FLOATS:
-        return _insert(torch.neg, (node,), before, context) if table.is_negated else node
-    if fake.dtype not in (torch.complex64, torch.complex128):
-        raise Decline(f"the table of the embedding is {fake.dtype}, which no rotation has")
-    if fake.is_conj():
-        node = _insert(torch.resolve_conj, (node,), before, context)
-    pairs = _insert(torch.view_as_real, (node,), before, context)
-    return _insert(torch.select, (pairs, -1, 0 if table.part == "real" else 1), before, context)
-
-
-def _insert(
-    function: Callable[..., torch.Tensor],
-    arguments: tuple[Node | int, ...],
-    before: Node,
-    context: Context,
-) -> Node:
-    """A new node that calls a function on a tensor and numbers.
-
-    It stands where the table is read, not where it is made: a write may come in between.
-    """
-    with context.graph.inserting_before(before):
-        made = context.graph.call_function(function, arguments)
-    with fake_mode(before):
-        made.meta[context.fake_key] = function(*map_arg(arguments, fake_of))
-    return made
 
 
 RULE = Rule(

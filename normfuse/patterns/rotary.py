@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
+from torch.fx.node import map_arg
 
-from normfuse.ops.rotation import Rotation, partners
+from normfuse.ops.rotation import Rotation, empty_result, partners
+from normfuse.ops.rounding import FLOATS
 from normfuse.patterns.columns import Columns, Reader, Table, Term
-from normfuse.patterns.micro_ops import fake_of, same_sizes
+from normfuse.patterns.decline import Decline
+from normfuse.patterns.micro_ops import fake_mode, fake_of, same_layout, same_sizes
+from normfuse.patterns.rule import Context
 
 MAX_NODES = 40  # of one embedding; the longest spelling in use takes 14
 
@@ -127,3 +132,65 @@ def _layout(cos: Term, sin: Term, numbers: torch.Tensor, columns: slice) -> str 
         ):
             return layout
     return None
+
+
+def laid_out(rotary: Rotary, x: torch.Tensor) -> Rotation:
+    """The rotation, with the layout that eager gives its result."""
+    last = fake_of(rotary.last)
+    for is_contiguous in (False, True):
+        rotation = replace(rotary.rotation, is_contiguous=is_contiguous)
+        with fake_mode(rotary.last):
+            wanted = empty_result(x, rotation)
+        if same_layout(wanted, last):
+            return rotation
+    raise Decline("the result is laid out neither as the normalised value nor contiguously")
+
+
+def negations(rotary: Rotary) -> set[Node]:
+    """What stands between the tables and the nodes that turn: a write behind it is not its own."""
+    tables = {rotary.cos.node, rotary.sin.node}
+    read = {operand for node in rotary.nodes for operand in node.all_input_nodes}
+    between = read.difference(rotary.nodes)
+    return {one for one in between if not tables.isdisjoint(one.all_input_nodes)}
+
+
+def tables_of(rotary: Rotary, context: Context) -> list[Node]:
+    """The nodes of cos and sin, before the last of the nodes that turn; see `_table`."""
+    return [_table(table, rotary.last, context) for table in (rotary.cos, rotary.sin)]
+
+
+def _table(table: Table, before: Node, context: Context) -> Node:
+    """The node of cos or sin; a negative and a part of a complex table are nodes of their own.
+
+    A conjugate that is only marked as one is written out first, as eager's product does: the
+    imaginary part is negated, and nothing is rounded.
+
+    Raises:
+        Decline: it is complex, and neither of two float32 nor of two float64.
+    """
+    node, fake = table.node, fake_of(table.node)
+    if fake.dtype in FLOATS:
+        return _insert(torch.neg, (node,), before, context) if table.is_negated else node
+    if fake.dtype not in (torch.complex64, torch.complex128):
+        raise Decline(f"the table of the embedding is {fake.dtype}, which no rotation has")
+    if fake.is_conj():
+        node = _insert(torch.resolve_conj, (node,), before, context)
+    pairs = _insert(torch.view_as_real, (node,), before, context)
+    return _insert(torch.select, (pairs, -1, 0 if table.part == "real" else 1), before, context)
+
+
+def _insert(
+    function: Callable[..., torch.Tensor],
+    arguments: tuple[Node | int, ...],
+    before: Node,
+    context: Context,
+) -> Node:
+    """A new node that calls a function on a tensor and numbers.
+
+    It stands where the table is read, not where it is made: a write may come in between.
+    """
+    with context.graph.inserting_before(before):
+        made = context.graph.call_function(function, arguments)
+    with fake_mode(before):
+        made.meta[context.fake_key] = function(*map_arg(arguments, fake_of))
+    return made

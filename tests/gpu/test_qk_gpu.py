@@ -8,6 +8,7 @@ import torch
 import normfuse
 from normfuse.ops.qk_rms_norm import qk_rms_norm_reference
 from normfuse.ops.qk_rms_norm_rope import qk_rms_norm_rope_fake, qk_rms_norm_rope_reference
+from normfuse.ops.rope import rope_fake, rope_reference
 from normfuse.ops.rounding import RoundingPlan
 from tests import float64, rotary
 from tests.blocks import Gemma4WeightlessNorm, GemmaRMSNorm
@@ -67,6 +68,22 @@ def test_every_rotation_has_eagers_bits(width, dim, dtype, layout):
             torch.testing.assert_close(result, other)
     else:
         assert_same_bits(results, qk_rms_norm_rope_reference(*arguments))
+
+
+@pytest.mark.parametrize("layout", ["half", "interleaved"])
+@pytest.mark.parametrize("dtype", [BF16, F16, F32, F64])
+@pytest.mark.parametrize(("width", "dim"), [(64, 64), (128, 128), (128, 64), (512, 512), (96, 96)])
+@pytest.mark.parametrize("tokens", [7, 2048])
+def test_rope_without_a_norm_has_eagers_bits(tokens, width, dim, dtype, layout):
+    xs = [heads(random, tokens, num, width, dtype) for num in (8, 2)]
+    cos, sin = (random(1, 1, tokens, dim, dtype=dtype) for _ in range(2))
+    turns = [f"{layout} {dim} in={SHORT[dtype]} out={SHORT[dtype]}"] * 2
+    arguments = (xs, cos, sin, turns)
+
+    results = torch.ops.normfuse.rope(*arguments)
+
+    assert layouts(results) == layouts(rope_fake(*arguments))
+    assert_same_bits(results, rope_reference(*arguments))
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])

@@ -153,6 +153,29 @@ def _load_angles(
 
 
 @triton.jit
+def _root(
+    pieces,
+    N: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, EPS: tl.constexpr, PLAN: tl.constexpr,
+):  # fmt: skip
+    """The root of each row, (ROWS, 1); None where nothing is normalised."""
+    if PLAN != "":
+        total = tl.zeros([ROWS, 1], tl.float64 if step(PLAN, "compute") == "f64" else tl.float32)
+        if DIM > 0:
+            total += tl.sum(squares(pieces[0], PLAN) + squares(pieces[1], PLAN), 1, keep_dims=True)
+        if DIM < N:
+            total += tl.sum(squares(pieces[2 if DIM > 0 else 0], PLAN), axis=1, keep_dims=True)
+        return root_of_total(total, None, N, EPS, PLAN)
+
+
+@triton.jit
+def _normed(x, root, weight, OFFSET: tl.constexpr, PLAN: tl.constexpr):
+    """x normalised, or as it is where there is no plan."""
+    if PLAN != "":
+        x = normalised(x, root, weight, OFFSET, PLAN, False)
+    return x
+
+
+@triton.jit
 def _rows(
     tile, x_ptr, weight_ptr, cos_ptr, sin_ptr, y_ptr, rstd_ptr,
     num_rows, size_middle, size_inner,
@@ -163,7 +186,7 @@ def _rows(
     START: tl.constexpr, PAIRS: tl.constexpr, OTHERS: tl.constexpr, TURN: tl.constexpr,
     EPS: tl.constexpr, OFFSET: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
-    """GROUPS times ROWS rows of one tensor. DIM columns from START on turn.
+    """GROUPS times ROWS rows of one tensor. DIM columns from START on turn; PLAN "" is no norm.
 
     Where there are several groups, `stride_next` leads from any row to the next, and all turn by
     the same angles. PAIRS and OTHERS are tile widths.
@@ -193,30 +216,21 @@ def _rows(
     weights = _load_row(weight_ptr, is_row, N, ROWS, DIM, START, PAIRS, OTHERS, TURN)
     PASSED: tl.constexpr = 2 if DIM > 0 else 0  # which piece does not turn
     for group in tl.static_range(GROUPS):
-        total = tl.zeros([ROWS, 1], tl.float64 if step(PLAN, "compute") == "f64" else tl.float32)
-        if DIM > 0:
-            a, b = xs[group][0], xs[group][1]
-            total += tl.sum(squares(a, PLAN) + squares(b, PLAN), axis=1, keep_dims=True)
-        if DIM < N:
-            x = xs[group][PASSED]
-            total += tl.sum(squares(x, PLAN), axis=1, keep_dims=True)
-        root = root_of_total(total, None, N, EPS, PLAN)
+        root = _root(xs[group], N, ROWS, DIM, EPS, PLAN)
         rows_ptr = y_ptr + group * ROWS * N
         if DIM > 0:
-            first = rounded(
-                normalised(a, root, _piece(weights, 0), OFFSET, PLAN, False), step(TURN, "in")
-            )
-            second = rounded(
-                normalised(b, root, _piece(weights, 1), OFFSET, PLAN, False), step(TURN, "in")
-            )
+            a, b = xs[group][0], xs[group][1]
+            first = rounded(_normed(a, root, _piece(weights, 0), OFFSET, PLAN), step(TURN, "in"))
+            second = rounded(_normed(b, root, _piece(weights, 1), OFFSET, PLAN), step(TURN, "in"))
             y_a = _turned(first, cos_a, second, sin_a, -1.0, TURN)
             y_b = _turned(second, cos_b, first, sin_b, 1.0, TURN)
             _store_pairs(rows_ptr + START, y_a, y_b, is_row, ROWS, DIM, PAIRS, TURN)
         if DIM < N:
-            y = normalised(x, root, _piece(weights, PASSED), OFFSET, PLAN, False)
+            y = _normed(xs[group][PASSED], root, _piece(weights, PASSED), OFFSET, PLAN)
             cols = _other_columns(DIM, START, OTHERS)
             tl.store(rows_ptr + cols, y, mask=is_row & (cols < N))
-        store_inverse_root(rstd_ptr, root, row + group * ROWS, num_rows, PLAN)
+        if PLAN != "":
+            store_inverse_root(rstd_ptr, root, row + group * ROWS, num_rows, PLAN)
 
 
 @triton.jit
@@ -326,17 +340,18 @@ def launch(
     ]
     filled = [slot for x, slot in zip(xs, slots, strict=True) if not is_empty(x)]
     if filled:
-        _launch(filled, tables, tile, xs[0], wrap)
+        launch_slots(filled, tables, tile, xs[0], wrap)
     return [slot.finished() for slot in slots] + [slot.rstd for slot in slots]
 
 
-def _launch(
+def launch_slots(
     slots: list[Slot],
     tables: Tables | None,
     tile: HeadsLaunch,
     x: torch.Tensor,
     wrap: Callable[[Any], Any],
 ) -> None:
+    """Launch the kernel for up to three slots, on the device of `x`."""
     cos, sin = tables or (None, None)
     padded = slots + [NO_SLOT] * (SLOTS - len(slots))
     constants: dict[str, Any] = {"COLS": 0 if cos is None else cos.shape[-1]}

@@ -57,25 +57,26 @@ class Slot:
         x: torch.Tensor,
         weight: torch.Tensor | None,
         tables: Tables | None,
-        norm: tuple[float, float, RoundingPlan],
+        norm: tuple[float, float, RoundingPlan] | None,
         rotation: Rotation | None,
         *,
         tile: HeadsLaunch,
         store_rstd: bool,
     ) -> Slot:
-        """The slot of x (..., N); `norm` is (eps, offset, plan)."""
-        eps, offset, plan = norm
+        """The slot of x (..., N); `norm` is (eps, offset, plan), None where it only turns."""
         is_contiguous = rotation is not None and rotation.is_contiguous
         layout = torch.contiguous_format if is_contiguous else torch.preserve_format
-        out = plan.out if rotation is None else rotation.out
+        out = rotation.out if rotation is not None else norm[-1].out if norm else x.dtype
         y = torch.empty_like(x, dtype=out, memory_format=layout)
-        rstd = x.new_empty((*x.shape[:-1], 1), dtype=plan.compute) if store_rstd else None
+        rstd = None
+        if store_rstd and norm is not None:
+            rstd = x.new_empty((*x.shape[:-1], 1), dtype=norm[-1].compute)
         rows = y
         order = row_order(y, rstd)
         if order is None:
             rows = torch.empty_like(x, dtype=out, memory_format=torch.contiguous_format)
-            order = row_order(rows)
-            assert order is not None
+            # Without rows their strides say nothing, and nobody follows them.
+            order = row_order(rows) or tuple(range(x.dim() - 1))
         table = tables[0] if tables is not None and rotation is not None else None
         x, strides, neighbours = addressed_with(x, table, order, rows)
         widths = _widths(x.shape[-1], rotation)
@@ -88,7 +89,7 @@ class Slot:
             "GROUPS": groups,
             **{name: width for name, width in widths.items() if name != "tile"},
             "TURN": turn,
-            **norm_constants(plan, eps, offset),
+            **_norm_constants(norm),
         }
         arguments = (x, as_vector(weight), rows, rstd, num_rows(x), *strides, neighbours.stride)
         num_rows_program = num_rows_tile * groups
@@ -101,6 +102,13 @@ class Slot:
             return self.y
         assert self.rows is not None
         return self.y.copy_(self.rows)
+
+
+def _norm_constants(norm: tuple[float, float, RoundingPlan] | None) -> dict[str, Any]:
+    if norm is None:
+        return {"EPS": 0.0, "OFFSET": 0.0, "PLAN": ""}
+    eps, offset, plan = norm
+    return norm_constants(plan, eps, offset)
 
 
 NO_SLOT = Slot(
@@ -117,9 +125,7 @@ NO_SLOT = Slot(
         "PAIRS": 1,
         "OTHERS": 1,
         "TURN": "",
-        "EPS": 0.0,
-        "OFFSET": 0.0,
-        "PLAN": "",
+        **_norm_constants(None),
     },
     0,
 )
