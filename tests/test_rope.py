@@ -35,6 +35,7 @@ def found(block, dtype=torch.bfloat16, **options):
     return [line.split("normfuse.")[1].split(".")[0] for line in calls], report
 
 
+@pytest.mark.guarantee
 @DTYPES
 @pytest.mark.parametrize("spelling", rotary.SPELLINGS)
 def test_every_spelling_of_q_and_k_is_one_op(spelling, dtype):
@@ -99,12 +100,14 @@ def test_the_rule_can_be_left_out(options):
     assert (calls, report.num_sites) == ([], 0)
 
 
+@pytest.mark.guarantee
 def test_a_training_graph_keeps_its_own():
     block, inputs = Plain().bfloat16(), (rotary.hidden_states(), *rotary.tables())
     report = explain_with(block, inputs, options={"normfuse.lowering": "op"})
     assert "normfuse.rope" not in report.after
 
 
+@pytest.mark.guarantee
 def test_without_a_measurement_auto_leaves_the_models_own_operations():
     block, inputs = Plain().bfloat16(), (rotary.hidden_states(), *rotary.tables())
     with torch.no_grad():

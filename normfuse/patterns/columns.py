@@ -110,6 +110,7 @@ class Columns:
 
 
 Value = Columns | tuple[Columns, ...]
+Keys = dict[Node, Any]
 
 
 class Reader:
@@ -119,7 +120,9 @@ class Reader:
         values: what each node that was followed is made of.
     """
 
-    def __init__(self, source: Node) -> None:
+    def __init__(self, source: Node, keys: Keys | None = None) -> None:
+        """`keys` as in `value_key`; by default none are kept."""
+        self._keys = keys
         self._leading = fake_of(source).shape[:-1]
         self._tables: dict[Any, Table] = {}
         self.values: dict[Node, Value] = {source: Columns.of(source)}
@@ -299,7 +302,7 @@ class Reader:
 
     def _table(self, node: Node, part: str = "") -> Table:
         """One table for all nodes that view the same values in the same way."""
-        return self._tables.setdefault((value_key(node), part), Table(node, part))
+        return self._tables.setdefault((value_key(node, self._keys), part), Table(node, part))
 
 
 def _is_basic(index: Any) -> bool:
@@ -313,12 +316,16 @@ def _agree(parts: list[Columns]) -> bool:
     return len({part.dtype for part in parts if part.dtype is not None}) <= 1
 
 
-def value_key(node: Node) -> Any:
-    """Equal for two nodes that compute the same value in the same way, if nothing is written to."""
-    return _key(node, {})
+def value_key(node: Node, keys: Keys | None = None) -> Any:
+    """Equal for two nodes that compute the same value in the same way, if nothing is written to.
+
+    `keys` keeps those of many calls on one graph, where a rewrite may put equal values in the place
+    of others.
+    """
+    return _key(node, {} if keys is None else keys)
 
 
-def _key(node: Node, known: dict[Node, Any]) -> Any:
+def _key(node: Node, known: Keys) -> Any:
     if node not in known:
         known[node] = node
         if _is_repeatable(node):

@@ -4,51 +4,56 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from normfuse.ops import ROPE
 from normfuse.ops.one_launch import MAX_NORMS
 from normfuse.ops.rounding import FLOATS
 from normfuse.patterns.columns import MOVES, RESHAPES, TO_COMPLEX, chain_of, value_key
-from normfuse.patterns.micro_ops import Kind, fake_of, micro_op, tensor
+from normfuse.patterns.micro_ops import fake_of, tensor
 from normfuse.patterns.rotary import Rotary, laid_out, negations, read_rotary, tables_of
 from normfuse.patterns.rule import Context, Rule, emit, erase, fakes_of, result
 
+aten = torch.ops.aten
+
 MAX_DISTANCE = 80  # nodes between the embeddings of one attention; the longest in use is 30
+# After autograd, from a head to the columns that are taken apart: a cast, a view as pairs.
 _TAKEN_APART = MOVES | TO_COMPLEX
-_STEPS = 3  # from a head to the columns that are taken apart: a cast, a view as pairs
+_CASTS: set[Any] = {aten._to_copy.default, torch.ops.prims.convert_element_type.default}
+_ON_THE_WAY = RESHAPES | _CASTS
+_STEPS = 3
 
 
 def may_turn(x: Node) -> bool:
     """Whether a rotary embedding may begin at a value: its columns are taken apart at once."""
+    value = x
+    for _ in range(_STEPS):
+        if any(user.target in _TAKEN_APART for user in value.users):
+            break
+        if len(value.users) != 1:
+            return False
+        (value,) = value.users
+        if value.target not in _ON_THE_WAY:
+            return False
+    else:
+        return False
     fake = tensor(x)
     if fake is None or fake.dtype not in FLOATS or fake.dim() < 2:
         return False
-    width = fake.shape[-1]
-    if not isinstance(width, int) or width % 2:
-        return False
-    for _ in range(_STEPS):
-        if any(user.target in _TAKEN_APART for user in x.users):
-            return True
-        if len(x.users) != 1:
-            return False
-        (x,) = x.users
-        op = micro_op(x)
-        if not (x.target in RESHAPES or (op is not None and op.kind is Kind.CAST)):
-            return False
-    return False
+    return isinstance(fake.shape[-1], int) and fake.shape[-1] % 2 == 0
 
 
 def _apply(node: Node, context: Context) -> Node | None:
     """The op for the embedding of one value, and of those before it that turn by its tables."""
-    rotary = read_rotary(node) if may_turn(node) else None
+    rotary = read_rotary(node, context.keys) if may_turn(node) else None
     if rotary is None:
         return None
     context.mutations.forbid_between((node, *rotary.nodes, *negations(rotary)))
     rotation = str(laid_out(rotary, fake_of(node)))
     tables = tables_of(rotary, context)
     made = [table for table in tables if table not in (rotary.cos.node, rotary.sin.node)]
-    left = _previous(node, rotary.last, tables)
+    left = _previous(node, rotary.last, tables, context)
     if left is not None:
         fused = _joined(left, node, rotary, rotation, context)
     else:
@@ -61,7 +66,7 @@ def _apply(node: Node, context: Context) -> Node | None:
     return fused
 
 
-def _previous(x: Node, last: Node, tables: list[Node]) -> Node | None:
+def _previous(x: Node, last: Node, tables: list[Node], context: Context) -> Node | None:
     """The op of the same attention that stands before an embedding and can take x, too."""
     node = last
     for _ in range(MAX_DISTANCE):
@@ -72,7 +77,8 @@ def _previous(x: Node, last: Node, tables: list[Node]) -> Node | None:
             args: Any = node.args
             xs, *theirs, _ = args
             pairs = zip(theirs, tables, strict=True)
-            turn_alike = all(a is b or value_key(a) == value_key(b) for a, b in pairs)
+            keys = context.keys
+            turn_alike = all(value_key(a, keys) == value_key(b, keys) for a, b in pairs)
             fits = len(xs) < MAX_NORMS and fake_of(x).device == fake_of(xs[0]).device
             return node if turn_alike and fits and x < node else None
     return None

@@ -12,7 +12,7 @@ from torch.fx.node import map_arg
 
 from normfuse.ops.rotation import Rotation, empty_result, partners
 from normfuse.ops.rounding import FLOATS
-from normfuse.patterns.columns import Columns, Reader, Table, Term
+from normfuse.patterns.columns import Columns, Keys, Reader, Table, Term
 from normfuse.patterns.decline import Decline
 from normfuse.patterns.micro_ops import fake_mode, fake_of, same_layout, same_sizes
 from normfuse.patterns.rule import Context
@@ -32,14 +32,15 @@ class Rotary:
 
 
 @unset_fake_temporarily()
-def read_rotary(x: Node) -> Rotary | None:
+def read_rotary(x: Node, keys: Keys | None = None) -> Rotary | None:
     """How `x` (..., D) turns, if all that becomes of it is one rotary embedding.
 
-    The numbers of columns must be real; passes after autograd run in a mode that makes fakes.
+    `keys` are kept for other values of the graph, as in `value_key`. The numbers of columns must be
+    real; passes after autograd run in a mode that makes fakes.
     """
     if not isinstance(fake_of(x).shape[-1], int):
         return None
-    reader = Reader(x)
+    reader = Reader(x, keys)
     followed = _follow(x, reader)
     for node in reversed(followed):
         value = reader.values[node]

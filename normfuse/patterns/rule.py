@@ -36,6 +36,7 @@ class Context:
             it.
         numerics: "exact" or "fast".
         erased: the nodes that rules have removed so far, ops of ours among them.
+        keys: those that `columns.value_key` has found so far, where a rule keeps them.
     """
 
     graph: Graph
@@ -43,6 +44,7 @@ class Context:
     fake_key: str
     numerics: str = "exact"
     erased: list[Node] = field(default_factory=list)
+    keys: dict[Node, Any] = field(default_factory=dict)
 
     def plan(self, plan: RoundingPlan) -> str:
         """The plan as an op carries it."""
