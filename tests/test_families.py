@@ -67,6 +67,11 @@ OPS = {
     "olmo3": {"qk_rms_norm": 2, "rms_norm_add": 3, "rms_norm_add_rms_norm": 1},
 }
 LAYERS = {"llama4_text": 4}
+# No norm stands right before the rotary embeddings of their two layers that turn.
+TURNED = {
+    *("llama", "mistral", "qwen2", "phi3", "gemma", "granite", "moshi", "gpt_oss", "diffllama"),
+    *("llama4_text", "gemma2", "glm4", "olmo2", "olmo3"),
+}
 
 
 @functools.cache
@@ -109,7 +114,7 @@ def test_every_norm_is_in_the_longest_chain_and_no_bit_changes(name, dtype):
     report = recorder.report()
 
     assert [site.reason for site in report.sites if not site.fused] == []
-    assert Counter(ops_in(report.after)) == OPS[name]
+    assert Counter(ops_in(report.after)) == {**OPS[name], **({"rope": 2} if name in TURNED else {})}
     if not torch.equal(rewritten, eager):
         unrewritten = first_output(capture(model, rules=[]), inputs)
         assert torch.equal(rewritten, unrewritten)

@@ -15,7 +15,7 @@ from tests.test_qk_rms_norm import DTYPES, ops
 def test_norms_behind_rope_that_is_put_together_again(spelling, dtype):
     block = rotary.NormAfterRotary(rotary.SPELLINGS[spelling]).to(dtype)
     found = ops(block, rotary.hidden_states(dtype), *rotary.tables(dtype))
-    assert found == (["qk_rms_norm"] * 2, ["qk_rms_norm"])
+    assert found == (["qk_rms_norm"] * 2, ["rope", "qk_rms_norm"])
 
 
 @DTYPES

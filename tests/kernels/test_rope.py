@@ -45,7 +45,10 @@ def test_one_tensor_three_and_none(launch):
     for xs, tokens in (([q], 5), ([q, k, q], 5), ([q, k], 0)):
         turns, some = [rotation("half", BF16)] * len(xs), slice(tokens)
         cut = [x[:, :, some] for x in xs], cos[:, :, some], sin[:, :, some], turns
-        assert_same_bits(run(launch, *cut), rope_reference(*cut))
+        results = run(launch, *cut)
+        assert layouts(results) == layouts(rope_fake(*cut))
+        if tokens:
+            assert_same_bits(results, rope_reference(*cut))
 
 
 def test_heads_of_one_token_may_share_a_program(launch):
