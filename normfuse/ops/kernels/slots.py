@@ -16,6 +16,7 @@ from normfuse.ops.kernels.rows import (
     addressed_with,
     as_vector,
     hint,
+    is_empty,
     known,
     num_rows,
     row_order,
@@ -75,8 +76,9 @@ class Slot:
         order = row_order(y, rstd)
         if order is None:
             rows = torch.empty_like(x, dtype=out, memory_format=torch.contiguous_format)
-            # Without rows their strides say nothing, and nobody follows them.
-            order = row_order(rows) or tuple(range(x.dim() - 1))
+            # Without rows any order will do: their strides say nothing.
+            order = tuple(range(x.dim() - 1)) if is_empty(x) else row_order(rows)
+            assert order is not None
         table = tables[0] if tables is not None and rotation is not None else None
         x, strides, neighbours = addressed_with(x, table, order, rows)
         widths = _widths(x.shape[-1], rotation)
