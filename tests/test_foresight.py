@@ -124,8 +124,8 @@ class TestATableThatKnowsSomeSites:
     def ops(self):
         return ops_of(self.module, PAIR)
 
-    def learn(self, op, inline_us, triton_us, *, rows=4, neighbours=()):
-        key = Key("A GPU", TORCH, op, (LLAMA,), (8,), "bf16")
+    def learn(self, op, inline_us, triton_us, *, rows=4, neighbours=(), width=8):
+        key = Key("A GPU", TORCH, op, (LLAMA,), (width,), "bf16")
         entry = Entry(key, Measurement(rows, neighbours, inline_us, triton_us))
         provenance = ("A GPU", torch.__version__, "3.6.0", "0.1", "2026-01-31", "a test")
         tuning.tables().add(Document(*provenance, (entry,)))
@@ -140,6 +140,16 @@ class TestATableThatKnowsSomeSites:
         self.learn("add_rms_norm_backward", 20.0, 10.0)
         with torch.no_grad():
             assert self.ops() == []
+
+    @pytest.mark.guarantee
+    def test_heads_turn_at_a_width_at_which_rope_won_and_no_norm_follows(self):
+        turned = rotary.WholeProjections().bfloat16()
+        with torch.no_grad():
+            self.learn("rope", 20.0, 10.0, width=rotary.DIM // 2)
+            assert ops_of(turned, ATTENTION) == []
+            self.learn("rope", 20.0, 10.0, width=rotary.DIM)
+            assert ops_of(turned, ATTENTION) == ["rope"]
+            assert self.ops() == []  # whose norms are as wide
 
     def test_the_length_of_one_vector_is_as_wide_as_the_vector(self):
         """Its result has no axis at all."""

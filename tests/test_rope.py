@@ -118,11 +118,13 @@ def test_without_a_measurement_auto_leaves_the_models_own_operations():
 
 @pytest.mark.parametrize("layout", ["half", "interleaved"])
 @pytest.mark.parametrize("dim", [8, 6])
-def test_gradients_are_those_of_the_formula(layout, dim):
+@pytest.mark.parametrize("tables_learn", [True, False])
+def test_gradients_are_those_of_the_formula(layout, dim, tables_learn):
     q, k = torch.randn(2, 3, 4, 8).double(), torch.randn(2, 1, 4, 8).double()
     cos, sin = (torch.randn(4, dim).double() for _ in range(2))
     turns = [str(Rotation(layout, dim, torch.float64, torch.float64))] * 2
-    values = [value.requires_grad_() for value in (q, k, cos, sin)]
+    tables = [table.requires_grad_(tables_learn) for table in (cos, sin)]
+    values = [q.requires_grad_(), k.requires_grad_(), *tables]
     assert gradcheck(lambda q, k, cos, sin: ROPE([q, k], cos, sin, turns), values)
 
 
