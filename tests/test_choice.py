@@ -305,9 +305,9 @@ def test_dynamic_rows_are_chosen_by_range_and_guarded_by_nothing(monkeypatch):
 
     key = None
 
-    def remember(node, device):
+    def remember(node, device, copies=None):
         nonlocal key
-        key = key_of(node, device)
+        key = key_of(node, device, copies)
         return key
 
     monkeypatch.setattr(choice, "key_of", remember)

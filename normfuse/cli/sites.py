@@ -15,6 +15,7 @@ from normfuse.capturing import fresh
 from normfuse.cli.errors import UsageError
 from normfuse.cli.subject import Subject
 from normfuse.passes import choice, inductor
+from normfuse.passes.destinations import copies_behind
 from normfuse.passes.lower import Lower
 from normfuse.passes.recognise import is_op
 from normfuse.passes.region import Region, cut_out
@@ -42,7 +43,11 @@ def regions_of(subject: Subject, *, training: bool = False) -> list[Region]:
         for node in filter(is_op, graph.nodes):
             if launch.form_of(node)[0] == "triton":
                 device = node.all_input_nodes[0].meta["val"].device
-                found.append(cut_out(node, choice.device_name(device)))
+                # The copies that its launch can make, and the site alone: in another graph
+                # somebody else may read what is copied.
+                copies = copies_behind(node)
+                for made in [None] if copies is None else [copies, None]:
+                    found.append(cut_out(node, choice.device_name(device), made))
 
     ours = patches(None, {"normfuse.lowering": "inline"})
     ours[_HOOK] = inductor.Chain((inductor.Hook(collect, "collect"), ours[_HOOK]))

@@ -131,11 +131,13 @@ def kernel_form(
         used: for each result of the op, whether anything reads it; the kernel does not store the
             others.
         wrap: how the compiler sees the launch; `kernels.tile.eager` launches without a compiler.
+
+    That of queries and keys takes `writes`, too: what it writes elsewhere, `destinations.Writes`.
     """
     launch = _LAUNCHES[op]
 
-    def form(*arguments: Any) -> Any:
-        return launch(wrap, used, *arguments)
+    def form(*arguments: Any, **how: Any) -> Any:
+        return launch(wrap, used, *arguments, **how)
 
     return form
 
@@ -259,29 +261,30 @@ def _launch_rms_norm_add_rms_norm(wrap: Any, used: tuple[bool, ...], *arguments:
     )
 
 
-def _launch_qk_rms_norm(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
+def _launch_qk_rms_norm(wrap: Any, used: tuple[bool, ...], *arguments: Any, **how: Any) -> Any:
     from normfuse.ops.kernels.qk_rms_norm import launch
 
     xs, weights, eps, offsets, plans = arguments
     steps = [RoundingPlan.parse(plan) for plan in plans]
-    return launch(xs, weight_of_each(weights, plans), eps, offsets, steps, stores=used, wrap=wrap)
+    norms = weight_of_each(weights, plans), eps, offsets, steps
+    return launch(xs, *norms, stores=used, wrap=wrap, **how)
 
 
-def _launch_qk_rms_norm_rope(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
+def _launch_qk_rms_norm_rope(wrap: Any, used: tuple[bool, ...], *arguments: Any, **how: Any) -> Any:
     from normfuse.ops.kernels.qk_rms_norm_rope import launch
 
     xs, weights, cos, sin, eps, offsets, plans, rotations = arguments
     steps = [RoundingPlan.parse(plan) for plan in plans]
     turns = [Rotation.parse(rotation) for rotation in rotations]
     norms = weight_of_each(weights, plans), cos, sin, eps, offsets, steps, turns
-    return launch(xs, *norms, stores=used, wrap=wrap)
+    return launch(xs, *norms, stores=used, wrap=wrap, **how)
 
 
-def _launch_rope(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
+def _launch_rope(wrap: Any, used: tuple[bool, ...], *arguments: Any, **how: Any) -> Any:
     from normfuse.ops.kernels.rope import launch
 
     xs, cos, sin, rotations = arguments
-    return launch(xs, cos, sin, parsed_rotations(rotations), wrap=wrap)
+    return launch(xs, cos, sin, parsed_rotations(rotations), wrap=wrap, **how)
 
 
 def _launch_dual(num_norms: int, wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:

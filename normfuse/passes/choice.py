@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from normfuse import tuning
 from normfuse.ops.lowering import backward_of
+from normfuse.passes.destinations import Copies, copies_behind
 from normfuse.passes.form import operands_of
 from normfuse.passes.region import cut_out, key_of, neighbours_of, rows_of
 from normfuse.settings import Settings
@@ -27,10 +28,15 @@ def choose(node: Node, settings: Settings) -> tuple[str, str]:
     """The form of a site whose kernel could be taken, and why."""
     if settings.tune == "off":
         return "inline", _OFF
-    key, rows = _asked(node)
+    copies = copies_behind(node)
+    key, rows = _asked(node, copies)
     verdict = _verdict(node, key, rows, settings)
-    if verdict is None and settings.tune == "compile" and _measure(node, key, rows):
+    if verdict is None and settings.tune == "compile" and _measure(node, copies, key, rows):
         verdict = _verdict(node, key, rows, settings)
+    if verdict is None and copies is not None:
+        # A launch that wins without the copies that it could make wins with them: they cost it
+        # less than the kernels that make them otherwise.
+        verdict = _verdict(node, _asked(node)[0], rows, settings)
     if verdict is None:
         return "inline", _unmeasured(key, rows)
     lowering = "triton" if verdict.wins else "inline"
@@ -97,10 +103,10 @@ def _winners(device_names: Iterable[str], settings: Settings) -> Iterator[Key]:
         yield from tuning.tables().table.winners(name, version, settings.margin)
 
 
-def _asked(node: Node) -> tuple[Key, Rows]:
-    """What the table is asked about a site."""
+def _asked(node: Node, copies: Copies | None = None) -> tuple[Key, Rows]:
+    """What the table is asked about a site, together with copies that its launch makes."""
     device = operands_of(node)[0].meta["val"].device
-    return key_of(node, device_name(device)), rows_of(node)
+    return key_of(node, device_name(device), copies), rows_of(node)
 
 
 def device_name(device: torch.device) -> str:
@@ -112,7 +118,7 @@ def _verdict(node: Node, key: Key, rows: Rows, settings: Settings) -> Verdict | 
     return tuning.tables().table.verdict(key, rows, neighbours_of(node), settings.margin)
 
 
-def _measure(node: Node, key: Key, rows: Rows) -> bool:
+def _measure(node: Node, copies: Copies | None, key: Key, rows: Rows) -> bool:
     """Measure a site at its hint and keep what came out; False if that is not possible."""
     from normfuse.passes import measure  # which lowers the two forms, as the caller does
 
@@ -120,7 +126,7 @@ def _measure(node: Node, key: Key, rows: Rows) -> bool:
     if failed in _failed or rows.typical == 0:
         return False
     try:
-        document = measure.measure(cut_out(node, key.device), _COMMAND)
+        document = measure.measure(cut_out(node, key.device, copies), _COMMAND)
     except Exception as error:  # whatever a compiler or a GPU raises must not end the compilation
         _failed.add(failed)
         log.warning("%s of %s is inline, measuring it failed: %s", key.op, key.widths, error)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -20,7 +20,7 @@ class Form:
     """A traced graph of plain operations or of one launch.
 
     Attributes:
-        inputs: its placeholders, one for each node argument of the op, in order.
+        inputs: its placeholders, one for each node among the arguments, in order.
         body: what is copied.
         results: a node for each result of the op; None for those that are not computed.
     """
@@ -31,40 +31,53 @@ class Form:
 
     @classmethod
     def of(
-        cls, op: Node, function: Callable[..., Any], used: tuple[bool, ...], *, functional: bool
+        cls,
+        arguments: tuple[Any, ...],
+        function: Callable[..., Any],
+        used: tuple[bool, ...],
+        *,
+        functional: bool,
     ) -> Form:
-        """The form of an op node; only what the used results need stays in it.
+        """The form of an op; only what the used results need stays in it.
 
         Args:
-            op: the node whose arguments the function takes.
-            function: returns one tensor, or None, for each result of the op.
-            used: for each result of the op, whether anything reads it.
+            arguments: what the function takes, with nodes for tensors and symbolic numbers.
+            function: returns one tensor, or None, for each result.
+            used: for each result, whether anything reads it.
             functional: whether to trace without mutation, as a launch needs it.
         """
-        arguments, structure = tree_flatten(op.args)
+        leaves, structure = tree_flatten(arguments)
 
         def flat(*values: Any) -> Any:
             remaining = iter(values)
-            filled = [next(remaining) if isinstance(a, Node) else a for a in arguments]
+            filled = [next(remaining) if isinstance(a, Node) else a for a in leaves]
             results = function(*tree_unflatten(filled, structure))
             return [one if is_used else None for one, is_used in zip(results, used, strict=True)]
 
-        inputs = [_unaliased(operand.meta["val"]) for operand in operands_of(op)]
+        inputs = [_unaliased(operand.meta["val"]) for operand in _nodes(arguments)]
         graph = inductor.trace(flat, inputs, functional=functional).graph
         (output,) = graph.find_nodes(op="output")
         placeholders = tuple(graph.find_nodes(op="placeholder"))
         body = tuple(node for node in graph.nodes if node.op not in ("placeholder", "output"))
         return cls(placeholders, body, tuple(output.args[0]))
 
-    def copy_before(self, node: Node) -> list[Node | None]:
-        """Copy the body before the op `node`; returns the nodes of the results."""
-        operands = operands_of(node)
+    def copy_before(
+        self, node: Node, arguments: tuple[Any, ...], replaced: dict[int, Node]
+    ) -> list[Node | None]:
+        """Copy the body before the op `node`; returns the nodes of the results.
+
+        Args:
+            node: the op.
+            arguments: what the form was traced with, or its like at this site.
+            replaced: the nodes that results will replace, whose views are already there.
+        """
+        operands = _nodes(arguments)
         copies = dict(zip(self.inputs, operands, strict=True))
         memory = _Memory(self.inputs, operands)
-        for user in node.users:  # whose views are already there
-            result = self.results[cast(int, user.args[1])]
+        for number, known in replaced.items():
+            result = self.results[number]
             if result is not None:
-                memory.adopt(result.meta["val"], user.meta["val"])
+                memory.adopt(result.meta["val"], known.meta["val"])
         place = {key: node.meta[key] for key in _PLACE if key in node.meta}
         for source in self.body:
             with node.graph.inserting_before(node):
@@ -89,7 +102,11 @@ _PLACE = ("nn_module_stack", "stack_trace")
 
 def operands_of(node: Node) -> list[Node]:
     """The node arguments in order, those inside lists too, each as often as it is passed."""
-    return [argument for argument in tree_flatten(node.args)[0] if isinstance(argument, Node)]
+    return _nodes(node.args)
+
+
+def _nodes(arguments: tuple[Any, ...]) -> list[Node]:
+    return [argument for argument in tree_flatten(arguments)[0] if isinstance(argument, Node)]
 
 
 def _unaliased(value: Any) -> Any:

@@ -13,9 +13,11 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_map
 
 from normfuse.ops import lowering as forms
+from normfuse.ops.destinations import Writes
 from normfuse.passes import inductor
 from normfuse.passes.check import add_check
 from normfuse.passes.choice import choose
+from normfuse.passes.destinations import Copies, copies_behind, needed_before
 from normfuse.passes.form import Form, operands_of
 from normfuse.passes.memory import share_operands, write_over_gradients
 from normfuse.passes.recognise import is_op
@@ -61,12 +63,15 @@ class Lower:
         is_in_order = any(IN_ORDER in node.meta for node, *_ in chosen)
         for node, lowering, reason in chosen:
             counts[lowering] = counts.get(lowering, 0) + 1
-            if self.recorder is not None:
-                self.recorder.lowered(Place.of(node), lowering, reason)
+            place = Place.of(node)
             if lowering != "inline" and self.settings.check_interval is not None:
                 add_check(node, self.settings.check_interval)
+            copies = copies_behind(node) if lowering == "triton" else None
+            if self.recorder is not None:
+                told = (reason, None if copies is None else copies.sentence)
+                self.recorder.lowered(place, lowering, "; ".join(filter(None, told)) or None)
             if lowering != "op":
-                _splice(node, lowering, traced)
+                _splice(node, lowering, copies, traced)
         if "inline" in counts:
             _leave_tables_whole(graph)
             if is_in_order:
@@ -103,22 +108,30 @@ def foreign_device(node: Node) -> str | None:
     return f"the activations are on {kind}, and the kernels are for CUDA"
 
 
-def _splice(node: Node, lowering: str, traced: dict[Any, Form]) -> None:
-    used = tuple(
-        any(user.args[1] == index and user.users for user in node.users)
-        for index in range(len(node.meta["val"]))
-    )
-    key = (node.target, lowering, used, str(tree_map(_signature, node.args)))
+def _splice(node: Node, lowering: str, copies: Copies | None, traced: dict[Any, Form]) -> None:
+    num = len(node.meta["val"])
+    writes = None if copies is None else copies.writes(num)
+    used = [
+        any(user.args[1] == number and user.users for user in node.users) for number in range(num)
+    ]
+    replaced = {cast(int, user.args[1]): user for user in node.users if user.users}
+    if copies is not None and writes is not None:
+        used += [True] * len(writes.others)
+        replaced |= copies.replaced(num)
+        for needed in needed_before(node, copies) or ():
+            node.prepend(needed)
+    key = (node.target, lowering, *used, str(tree_map(_signature, (node.args, writes))))
     if key not in traced:
-        traced[key] = _form(node, lowering, used)
-    results = traced[key].copy_before(node)
-    for user in list(node.users):
-        if user.users:
-            replacement = results[cast(int, user.args[1])]
-            assert replacement is not None
-            user.replace_all_uses_with(replacement)
-        node.graph.erase_node(user)
-    node.graph.erase_node(node)
+        traced[key] = _form(node, lowering, tuple(used), writes)
+    arguments = node.args if writes is None else (*node.args, writes)
+    results = traced[key].copy_before(node, arguments, replaced)
+    for number, old in replaced.items():
+        replacement = results[number]
+        assert replacement is not None
+        old.replace_all_uses_with(replacement)
+    for unused in (*reversed(copies.nodes if copies is not None else ()), *list(node.users), node):
+        if not unused.users and not unused.is_impure():
+            node.graph.erase_node(unused)
 
 
 def _leave_tables_whole(graph: Graph) -> None:
@@ -162,7 +175,15 @@ def _values(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return values
 
 
-def _form(node: Node, lowering: str, used: tuple[bool, ...]) -> Form:
-    if lowering == "triton":
-        return Form.of(node, forms.kernel_form(node.target, used), used, functional=True)
-    return Form.of(node, forms.inline_form(node.target), used, functional=False)
+def _form(node: Node, lowering: str, used: tuple[bool, ...], writes: Writes | None) -> Form:
+    if lowering != "triton":
+        return Form.of(node.args, forms.inline_form(node.target), used, functional=False)
+    launch = forms.kernel_form(node.target, used)
+    if writes is None:
+        return Form.of(node.args, launch, used, functional=True)
+
+    def with_writes(*values: Any) -> Any:
+        *arguments, told = values
+        return launch(*arguments, writes=told)
+
+    return Form.of((*node.args, writes), with_writes, used, functional=True)

@@ -204,6 +204,16 @@ def _owner(node: Node) -> Node | None:
     return None
 
 
+def is_in_memory(node: Node) -> bool:
+    """Whether a value is a view of an input, or of what no pointwise kernel computes."""
+    while node.op == "call_function" and not _is_opaque(node):
+        sources = [source for source in node.all_input_nodes if _share_memory(node, source)]
+        if not sources:
+            return False
+        node = sources[0]
+    return True
+
+
 def _is_opaque(node: Node) -> bool:
     return node.target in _PRODUCTS or inductor.kernel_of(node) is not None
 

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from normfuse.ops import ROPE
 from normfuse.ops.rounding import SHORT
 from normfuse.passes import inductor
+from normfuse.passes.destinations import Copies
 from normfuse.tuning import Key, Rows, minor
 
 MAX_NEIGHBOURS = 16  # on each side: the whole of RoPE behind a q and k that are normed before it
@@ -70,14 +71,15 @@ class Region:
     inputs: tuple[Spec, ...]
 
 
-def key_of(node: Node, device_name: str) -> Key:
-    """What measurements of a site hold for."""
+def key_of(node: Node, device_name: str, copies: Copies | None = None) -> Key:
+    """What measurements of a site hold for, together with copies that its launch makes."""
     activations = _activations(node)
     words = [leaf for leaf in tree_leaves(node.args) if isinstance(leaf, (str, bool, int))]
     if _lacks_grad_total(node):
         words.append("no grad_total")  # which is as large as the other activations
     if _makers_of_tables(node):
         words.append("makes its tables")  # another question than that of tables that are there
+    words += copies.words if copies is not None else ()
     return Key(
         device_name,
         minor(torch.__version__),
@@ -112,12 +114,13 @@ def neighbours_of(node: Node) -> tuple[str, ...]:
     return _names(before, after)
 
 
-def cut_out(node: Node, device_name: str) -> Region:
-    """The region of a site, at the hints of its symbolic numbers."""
+def cut_out(node: Node, device_name: str, copies: Copies | None = None) -> Region:
+    """The region of a site, with copies that its launch makes, at the hints of symbolic numbers."""
     makers = _makers_of_tables(node)
     before, after = [*_before(node), *makers], _after(node)
     results = [user for user in node.users if user.target is operator.getitem and user.users]
-    inside = {*before, node, *results, *after}
+    copying = copies.nodes if copies is not None else ()
+    inside = {*before, node, *results, *after, *copying}
     graph = Graph()
     environment: dict[Node, Node] = {}
     inputs: list[Spec] = []
@@ -128,16 +131,18 @@ def cut_out(node: Node, device_name: str) -> Region:
             environment[operand] = graph.placeholder(f"input_{len(inputs)}")
             inputs.append(Spec.of(_value(operand)))
         environment[old] = _copy(graph, old, environment)
+    written = {old.args[1] for old in copying if old.target is torch.ops.aten.copy_.default}
     leaving = [
         old
         for old in inside.difference(makers)
-        if old is not node and any(user not in inside for user in old.users)
+        if old not in (node, *written) and any(user not in inside for user in old.users)
     ]
     leaving.sort(key=list(environment).index)
     graph.output(tuple(environment[old] for old in leaving))
     module = GraphModule(torch.nn.Module(), _placeholders_first(graph))
     rows = rows_of(node).typical
-    return Region(key_of(node, device_name), rows, _names(before, after), module, tuple(inputs))
+    key = key_of(node, device_name, copies)
+    return Region(key, rows, _names(before, after), module, tuple(inputs))
 
 
 def _copy(graph: Graph, old: Node, environment: dict[Node, Node]) -> Node:

@@ -17,6 +17,7 @@ from normfuse.ops.kernels import qk_rms_norm_rope
 from normfuse.ops.kernels.tile import eager
 
 if TYPE_CHECKING:
+    from normfuse.ops.destinations import Writes
     from normfuse.ops.rounding import RoundingPlan
 
 
@@ -28,10 +29,10 @@ def launch(
     plans: Sequence[RoundingPlan],
     *,
     stores: Sequence[bool] | None = None,
+    writes: Writes | None = None,
     wrap: Callable[[Any], Any] = eager,
 ) -> list[torch.Tensor | None]:
     """Up to three tensors (..., N_i) -> their norms, and their rstd; see `qk_rms_norm_rope`."""
     rotations = [None] * len(xs)
-    return qk_rms_norm_rope.launch(
-        xs, weights, None, None, eps, offsets, plans, rotations, stores=stores, wrap=wrap
-    )
+    how: dict[str, Any] = {"stores": stores, "writes": writes, "wrap": wrap}
+    return qk_rms_norm_rope.launch(xs, weights, None, None, eps, offsets, plans, rotations, **how)

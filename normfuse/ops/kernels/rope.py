@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from normfuse.ops.kernels.qk_rms_norm_rope import launch_slots
-from normfuse.ops.kernels.rows import is_empty
-from normfuse.ops.kernels.slots import SLOTS, HeadsLaunch, Slot, equally_laid_out
+from normfuse.ops.kernels.qk_rms_norm_rope import Heads, launch_heads
+from normfuse.ops.kernels.slots import HeadsLaunch
 from normfuse.ops.kernels.tile import eager
 
 if TYPE_CHECKING:
+    from normfuse.ops.destinations import Writes
     from normfuse.ops.rotation import Rotation
 
 
@@ -27,6 +27,7 @@ def launch(
     sin: torch.Tensor,
     rotations: Sequence[Rotation],
     *,
+    writes: Writes | None = None,
     tile: HeadsLaunch | None = None,
     wrap: Callable[[Any], Any] = eager,
 ) -> list[torch.Tensor | None]:
@@ -37,17 +38,10 @@ def launch(
         cos: broadcasts against every x.
         sin: the same.
         rotations: how they turn.
+        writes: what is written elsewhere; what else joins the launch follows the results.
         tile: by default the one for these widths.
         wrap: how a compiler sees the launch; `torch.library.wrap_triton`.
     """
-    assert 1 <= len(xs) <= SLOTS, f"one launch takes up to {SLOTS} tensors, got {len(xs)}"
-    tables = equally_laid_out(cos, sin)
     tile = tile or HeadsLaunch.for_slots(xs, rotations, ())
-    slots = [
-        Slot.of(x, None, tables, None, rotation, tile=tile, store_rstd=False)
-        for x, rotation in zip(xs, rotations, strict=True)
-    ]
-    filled = [slot for x, slot in zip(xs, slots, strict=True) if not is_empty(x)]
-    if filled:
-        launch_slots(filled, tables, tile, xs[0], wrap)
-    return [slot.finished() for slot in slots]
+    heads = [Heads(x, None, None, turn) for x, turn in zip(xs, rotations, strict=True)]
+    return [slot.finished() for slot in launch_heads(heads, cos, sin, writes, tile, wrap)]

@@ -8,10 +8,13 @@ symbolic: nothing here adds a guard.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch._prims_common import compute_elementwise_output_strides
+
+if TYPE_CHECKING:
+    from normfuse.ops.destinations import Layout
 
 
 class RowStrides(NamedTuple):
@@ -161,29 +164,62 @@ class Neighbours(NamedTuple):
     share_table: bool
 
 
+class ResultStrides(NamedTuple):
+    """Where row r of a result begins that has a layout of its own.
+
+    Attributes:
+        outer, middle, inner: the strides of its levels, 0 for one whose rows are placed.
+        next: from a row to its neighbour.
+        level: the one whose rows are placed: "outer", "middle", "inner", or "none" for an axis of
+            one row.
+    """
+
+    outer: Any
+    middle: Any
+    inner: Any
+    next: Any
+    level: str
+
+
 def addressed_with(
-    x: torch.Tensor, table: torch.Tensor | None, order: tuple[int, ...], result: torch.Tensor
-) -> tuple[torch.Tensor, SharedRowStrides, Neighbours]:
+    x: torch.Tensor,
+    table: torch.Tensor | None,
+    order: tuple[int, ...],
+    result: torch.Tensor,
+    layout: Layout | None = None,
+) -> tuple[torch.Tensor, SharedRowStrides, Neighbours, ResultStrides | None]:
     """`x` of at most 4 dimensions and where its rows begin, also in a table that broadcasts to it.
 
-    x is copied, laid out as `result`, where its elements do not lie side by side.
+    x is copied, laid out as `result`, where its elements do not lie side by side. A `layout` says
+    where the rows of the result lie, if not one after the other.
     """
     if not _has_unit_stride(x):
         x = torch.empty_like(result, dtype=x.dtype).copy_(x)
     steps = [0] * x.dim() if table is None else _broadcast_strides(table, x.dim())
-    merged: list[tuple[Any, Any, Any]] = []
+    # A level that is placed, where the strides of a result are 0, merges with no other.
+    places = [0] * x.dim() if layout is None else layout.strides
+    merged: list[tuple[Any, ...]] = []
+    levels: list[int] = []  # the last axis of each
     for dim in order:
-        size, stride, step = x.shape[dim], x.stride(dim), steps[dim]
-        if merged and known(merged[-1][1] == size * stride) and known(merged[-1][2] == size * step):
-            merged[-1] = (merged[-1][0] * size, stride, step)
+        size, strides = x.shape[dim], (x.stride(dim), steps[dim], places[dim])
+        outer = merged[-1][1:] if merged else ()
+        if merged and all(known(a == size * b) for a, b in zip(outer, strides, strict=True)):
+            merged[-1], levels[-1] = (merged[-1][0] * size, *strides), dim
         else:
-            merged.append((size, stride, step))
+            merged.append((size, *strides))
+            levels.append(dim)
     assert len(merged) <= 3, f"rows of {x.dim()} dimensions have no single stride"
-    size, stride, step = merged[-1] if merged else (1, 0, 0)
-    pieces = [*merged, *[(1, 0, 0)] * 3][:3]
-    sizes, strides, table_strides = zip(*pieces, strict=True)
-    neighbours = Neighbours(size, stride, known(step == 0))
-    return x, SharedRowStrides(*sizes[1:], *strides, *table_strides), neighbours
+    size, stride, step, place = merged[-1] if merged else (1, 0, 0, 0)
+    pieces = [*merged, *[(1, 0, 0, 0)] * 3][:3]
+    sizes, of_x, of_table, of_result = zip(*pieces, strict=True)
+    placed = levels.index(layout.axis) if layout is not None and layout.axis in levels else None
+    is_placed = placed is not None and placed == len(levels) - 1
+    neighbours = Neighbours(1 if is_placed else size, stride, known(step == 0))
+    found = None
+    if layout is not None:
+        level = "none" if placed is None else ("outer", "middle", "inner")[placed]
+        found = ResultStrides(*of_result, place, level)
+    return x, SharedRowStrides(*sizes[1:], *of_x, *of_table), neighbours, found
 
 
 def _broadcast_strides(table: torch.Tensor, rank: int) -> list[Any]:

@@ -13,6 +13,7 @@ from normfuse.ops.kernels.constants import NAMES, norm_constants, target, text
 from normfuse.ops.kernels.launches import HEADS, MANY_PROGRAMS
 from normfuse.ops.kernels.rows import (
     Neighbours,
+    ResultStrides,
     addressed_with,
     as_vector,
     hint,
@@ -24,6 +25,7 @@ from normfuse.ops.kernels.rows import (
 from normfuse.ops.kernels.tile import MAX_THREADS, WARP_SIZE
 
 if TYPE_CHECKING:
+    from normfuse.ops.destinations import Destination, Layout
     from normfuse.ops.rotation import Rotation
     from normfuse.ops.rounding import RoundingPlan
 
@@ -63,24 +65,22 @@ class Slot:
         *,
         tile: HeadsLaunch,
         store_rstd: bool,
+        destination: Destination | None = None,
     ) -> Slot:
-        """The slot of x (..., N); `norm` is (eps, offset, plan), None where it only turns."""
-        is_contiguous = rotation is not None and rotation.is_contiguous
-        layout = torch.contiguous_format if is_contiguous else torch.preserve_format
+        """The slot of x (..., N).
+
+        `norm` is (eps, offset, plan), None where x only turns, or is only copied; a result that
+        has a destination has no rstd.
+        """
         out = rotation.out if rotation is not None else norm[-1].out if norm else x.dtype
-        y = torch.empty_like(x, dtype=out, memory_format=layout)
-        rstd = None
-        if store_rstd and norm is not None:
-            rstd = x.new_empty((*x.shape[:-1], 1), dtype=norm[-1].compute)
-        rows = y
-        order = row_order(y, rstd)
-        if order is None:
-            rows = torch.empty_like(x, dtype=out, memory_format=torch.contiguous_format)
-            # Without rows any order will do: their strides say nothing.
-            order = tuple(range(x.dim() - 1)) if is_empty(x) else row_order(rows)
-            assert order is not None
+        layout = None if destination is None else destination.layout(x, out)
+        if layout is None:
+            y, rows, rstd, order = _results(x, norm, rotation, out, store_rstd)
+        else:
+            assert not store_rstd, "a result that is written elsewhere has no rstd"
+            y, rows, rstd, order = layout.memory, layout.memory, None, _order_of(x)
         table = tables[0] if tables is not None and rotation is not None else None
-        x, strides, neighbours = addressed_with(x, table, order, rows)
+        x, strides, neighbours, of_y = addressed_with(x, table, order, rows, layout)
         widths = _widths(x.shape[-1], rotation)
         num_rows_tile = max(1, tile.elements // widths["tile"])
         groups = tile.groups_of(num_rows_tile, num_rows(x), neighbours)
@@ -92,11 +92,12 @@ class Slot:
             **{name: width for name, width in widths.items() if name != "tile"},
             "TURN": turn,
             **_norm_constants(norm),
+            **_place_constants(layout, of_y),
         }
         arguments = (x, as_vector(weight), rows, rstd, num_rows(x), *strides, neighbours.stride)
         num_rows_program = num_rows_tile * groups
         num_tiles = (num_rows(x) + num_rows_program - 1) // num_rows_program
-        return cls(y, rows, rstd, arguments, constants, num_tiles)
+        return cls(y, rows, rstd, arguments + _place(layout, of_y), constants, num_tiles)
 
     def finished(self) -> torch.Tensor | None:
         """The result, once the kernel is launched."""
@@ -104,6 +105,56 @@ class Slot:
             return self.y
         assert self.rows is not None
         return self.y.copy_(self.rows)
+
+
+def _results(
+    x: torch.Tensor,
+    norm: tuple[float, float, RoundingPlan] | None,
+    rotation: Rotation | None,
+    dtype: torch.dtype,
+    store_rstd: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, tuple[int, ...]]:
+    """The result of x, the rows that are written, the rstd, and the order of both's axes."""
+    is_contiguous = rotation is not None and rotation.is_contiguous
+    layout = torch.contiguous_format if is_contiguous else torch.preserve_format
+    y = torch.empty_like(x, dtype=dtype, memory_format=layout)
+    rstd = None
+    if store_rstd and norm is not None:
+        rstd = x.new_empty((*x.shape[:-1], 1), dtype=norm[-1].compute)
+    order = row_order(y, rstd)
+    if order is not None:
+        return y, y, rstd, order
+    rows = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+    # Without rows any order will do: their strides say nothing.
+    order = tuple(range(x.dim() - 1)) if is_empty(x) else row_order(rows)
+    assert order is not None
+    return y, rows, rstd, order
+
+
+def _order_of(x: torch.Tensor) -> tuple[int, ...]:
+    """The axes in which the rows of x lie, outermost first, as far as they lie in any order."""
+    order = row_order(torch.empty_like(x, device="meta"))
+    return tuple(range(x.dim() - 1)) if order is None else order
+
+
+def _place(layout: Layout | None, of_y: ResultStrides | None) -> tuple[Any, ...]:
+    """Positions, and the strides of a result; None where its rows lie one after the other."""
+    if layout is None or of_y is None:
+        return (None,) * 9
+    placed: tuple[Any, ...] = (None,) * 4
+    if layout.positions is not None:
+        stride = 0 if layout.counts_up else layout.positions.stride(0)
+        placed = (layout.positions, stride, layout.places, layout.stride)
+    return (*placed, of_y.outer, of_y.middle, of_y.inner, of_y.next, layout.copy_stride)
+
+
+def _place_constants(layout: Layout | None, of_y: ResultStrides | None) -> dict[str, Any]:
+    if layout is None or of_y is None:
+        return {"PLACE": "", "COPIES": 1}
+    place = ""
+    if layout.positions is not None:
+        place = text({"axis": of_y.level, "from": "first" if layout.counts_up else "each"})
+    return {"PLACE": place, "COPIES": layout.copies}
 
 
 def _norm_constants(norm: tuple[float, float, RoundingPlan] | None) -> dict[str, Any]:
@@ -117,7 +168,7 @@ NO_SLOT = Slot(
     None,
     None,
     None,
-    (None,) * 4 + (0, 1, 1) + (0,) * 7,
+    (None,) * 4 + (0, 1, 1) + (0,) * 7 + (None,) * 9,
     {
         "N": 0,
         "ROWS": 1,
@@ -128,6 +179,7 @@ NO_SLOT = Slot(
         "OTHERS": 1,
         "TURN": "",
         **_norm_constants(None),
+        **_place_constants(None, None),
     },
     0,
 )

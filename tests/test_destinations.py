@@ -1,0 +1,346 @@
+"""What launches write for attention: into caches, and repeated for the queries that share it."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch._inductor.compile_fx import _recursive_post_grad_passes, compile_fx
+from torch._inductor.virtualized import V
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from normfuse import tuning
+from normfuse.backend import patches
+from normfuse.cli import sites
+from normfuse.cli.subject import Subject
+from normfuse.ops import QK_RMS_NORM_ROPE
+from normfuse.passes import choice, inductor, lower, measure
+from normfuse.passes.destinations import copies_behind
+from normfuse.passes.recorder import Recorder
+from normfuse.passes.region import key_of
+from normfuse.settings import Settings
+from normfuse.tuning import Document, Entry, Measurement
+from tests import cached_attention
+from tests.cached_attention import (
+    BATCH,
+    HEADS,
+    KEY_HEADS,
+    PLACES,
+    Cached,
+    CachedAt,
+    Uncached,
+    inputs,
+)
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("kernels_on_cpu")
+
+aten = torch.ops.aten
+TOKENS = 5
+
+
+def inference_graph(function, *arguments, recorder=None, **options):
+    """The graph that Inductor generates code for; what runs is the graph before its passes."""
+    graphs = []
+
+    def inner_compile(inner, fakes, **_):
+        runs = copy.deepcopy(inner)
+        values = [node.meta.get("val") for node in inner.graph.nodes]
+        mode = next(one.fake_mode for one in values if isinstance(one, torch.Tensor))
+        with V.set_fake_mode(mode):
+            _recursive_post_grad_passes(inner, is_inference=True)
+        graphs.append(inner.graph)
+        return inductor._boxed(runs)
+
+    ours = {
+        **patches(None, {"normfuse.lowering": "triton"}, recorder),
+        "force_disable_caches": True,
+    }
+
+    def backend(graph_module, fakes):
+        return compile_fx(
+            graph_module, list(fakes), inner_compile=inner_compile, config_patches=ours
+        )
+
+    with torch.no_grad():
+        torch.compile(function, backend=backend, **options)(*arguments)
+    return graphs[-1]
+
+
+def launch_of(graph):
+    """The operands of the only launch of a graph."""
+    target = torch.ops.higher_order.triton_kernel_wrapper_mutation
+    (launch,) = graph.find_nodes(op="call_function", target=target)
+    return launch.kwargs["kwargs"]
+
+
+def count(graph, *targets):
+    return sum(node.target in targets for node in graph.nodes)
+
+
+def puts(graph):
+    return count(graph, aten.index_put.default, aten.index_put_.default)
+
+
+def copied(operands):
+    """Where each of the three tensors of a launch goes."""
+    return [
+        operands[f"PLACE_{number}"] or operands[f"COPIES_{number}"]
+        if f"x_{number}_ptr" in operands
+        else None
+        for number in (1, 2, 3)
+    ]
+
+
+@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize("tokens", [1, TOKENS])
+def test_a_key_and_its_value_are_written_into_their_caches(tokens, normed):
+    graph = inference_graph(Cached(normed=normed), *inputs(tokens))
+    operands = launch_of(graph)
+    place = f"axis={'none' if tokens == 1 else 'middle'} from=first"
+    assert copied(operands) == [1, place, place]
+    assert puts(graph) == 0
+    # The caches themselves and not copies of them; how full they are is read where it is kept.
+    for name in ("y_2_ptr", "y_3_ptr", "position_2_ptr", "position_3_ptr"):
+        assert operands[name].op == "placeholder", name
+    assert count(graph, aten.clone.default) == 2  # whole caches, repeated for attention
+    assert count(graph, aten.copy_.default) == 1  # how full they are
+
+
+def test_positions_may_be_given():
+    rows = torch.tensor([7, 2, 9, 0, 4])
+    graph = inference_graph(CachedAt(), *inputs(TOKENS), rows)
+    operands = launch_of(graph)
+    assert copied(operands) == [1, *["axis=middle from=each"] * 2]
+    assert puts(graph) == 0
+    assert operands["position_2_ptr"].op == "placeholder"
+
+
+@pytest.mark.parametrize("normed", [True, False])
+def test_without_a_cache_both_are_repeated(normed):
+    graph = inference_graph(Uncached(normed=normed), *inputs(TOKENS))
+    assert copied(launch_of(graph)) == [1, 2, 2]
+    assert count(graph, aten.clone.default) == 0
+
+
+def test_a_cache_of_dynamic_tokens_is_written():
+    model = Cached()
+    graph = inference_graph(model, *inputs(TOKENS), dynamic=True)
+    assert puts(graph) == 0
+    assert copied(launch_of(graph)) == [1, *["axis=middle from=first"] * 2]
+
+
+class ReadsBefore(Cached):
+    """Somebody reads the cache as it was."""
+
+    def forward(self, x, cos, sin):
+        before = self.keys.sum()
+        return super().forward(x, cos, sin), before
+
+
+class ReturnsKey(Cached):
+    """Somebody else reads the key."""
+
+    def forward(self, x, cos, sin):
+        q, k, v = self.heads(x, cos, sin)
+        self.keys.index_copy_(2, self.positions(x.shape[1]), k)
+        return self.attend(q, self.keys, v), k
+
+
+class Adds(Cached):
+    """The key is added to what the cache holds."""
+
+    def forward(self, x, cos, sin):
+        q, k, _ = self.heads(x, cos, sin)
+        aten.index_put_(self.keys, [None, None, self.positions(x.shape[1])], k, True)
+        return self.attend(q, self.keys, self.values)
+
+
+class FreshCache(Cached):
+    """A cache that is no input: nobody gets it back."""
+
+    def forward(self, x, cos, sin):
+        q, k, _ = self.heads(x, cos, sin)
+        keys = torch.zeros_like(self.keys).index_copy(2, self.positions(x.shape[1]), k)
+        return self.attend(q, keys, self.values)
+
+
+class Scattered(Cached):
+    """Each sequence has positions of its own."""
+
+    def forward(self, x, cos, sin):
+        q, k, _ = self.heads(x, cos, sin)
+        batch = torch.arange(x.shape[0])[:, None]
+        self.keys[batch, :, self.positions(x.shape[1])] = k.transpose(1, 2)
+        return self.attend(q, self.keys, self.values)
+
+
+class Computed(CachedAt):
+    """Positions that a kernel would have to compute first."""
+
+    def forward(self, x, cos, sin, rows):
+        return super().forward(x, cos, sin, rows * 2)
+
+
+@pytest.mark.parametrize("model", [ReadsBefore, ReturnsKey, Adds, FreshCache, Scattered, Computed])
+def test_what_a_launch_cannot_write_stays_as_it_was(model):
+    values = inputs(TOKENS)
+    if model is Computed:
+        values = *values, torch.tensor([3, 2, 4, 0, 1])
+    graph = inference_graph(model(), *values)
+    assert copied(launch_of(graph)) == [1, 1, None]
+    assert puts(graph) == (2 if model in (ReadsBefore, Computed) else 1)
+
+
+class Biased(Cached):
+    """A value that a pointwise kernel computes."""
+
+    def heads(self, x, cos, sin):
+        q, k, v = super().heads(x, cos, sin)
+        return q, k, v.sigmoid()
+
+
+def test_a_value_that_is_not_in_memory_does_not_join():
+    graph = inference_graph(Biased(), *inputs(TOKENS))
+    assert copied(launch_of(graph)) == [1, "axis=middle from=first", None]
+    assert puts(graph) == 1
+
+
+class OfTheKey(Uncached):
+    """A value that depends on the turned key."""
+
+    def forward(self, x, cos, sin):
+        q, k, v = self.heads(x, cos, sin)
+        v = (k.transpose(1, 2).reshape(-1, 32) @ self.mixing).view(v.shape)
+        return self.attend(q, self.head_sum(k), v)
+
+    def __init__(self):
+        super().__init__()
+        self.mixing = nn.Parameter(cached_attention.random(32, 32))
+
+    @staticmethod
+    def head_sum(k):
+        return k
+
+
+def test_a_value_that_depends_on_the_key_does_not_join():
+    graph = inference_graph(OfTheKey(), *inputs(TOKENS))
+    assert copied(launch_of(graph))[2] is None
+
+
+class TwoLayers(nn.Module):
+    """Layers that share their positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([CachedAt() for _ in range(2)])
+
+    def forward(self, x, cos, sin, rows):
+        for layer in self.layers:
+            y = layer(x, cos, sin, rows)
+            x = y.transpose(1, 2).reshape(*x.shape[:2], -1)[..., :32]
+        return x
+
+
+def test_layers_that_share_positions_write_their_own_caches():
+    graph = inference_graph(TwoLayers(), *inputs(TOKENS), torch.arange(TOKENS))
+    target = torch.ops.higher_order.triton_kernel_wrapper_mutation
+    launches = graph.find_nodes(op="call_function", target=target)
+    written = [node.kwargs["kwargs"][f"y_{number}_ptr"] for node in launches for number in (2, 3)]
+    assert puts(graph) == 0
+    assert len(set(written)) == 4
+    assert {node.op for node in written} == {"placeholder"}
+
+
+def regions(model, *values, monkeypatch):
+    monkeypatch.setattr(choice, "device_name", lambda device: "A GPU")
+    return sites.regions_of(Subject("a model", model, values, {}))
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [(Cached, ("into a cache",) * 2), (Uncached, ("repeated 2 times",) * 2)],
+)
+def test_a_site_is_measured_with_the_copies_and_alone(model, words, monkeypatch):
+    with_copies, alone = regions(model(), *inputs(TOKENS), monkeypatch=monkeypatch)
+    assert with_copies.key.parameters == (*alone.key.parameters, *words)
+    assert with_copies.rows == alone.rows
+    assert len(with_copies.inputs) > len(alone.inputs)
+
+
+def test_a_region_holds_the_caches_and_what_fills_them(monkeypatch):
+    torch.manual_seed(0)
+    model = Cached()
+    region, _ = regions(model, *inputs(1), monkeypatch=monkeypatch)
+    graph = region.module.graph
+    assert puts(graph) == count(graph, aten.copy_.default) == 2
+    (results,) = graph.output_node().args
+    assert len(results) == 1  # the query: caches are no results
+    (filled,) = measure.input_sets(region.inputs, 1)
+    kept = [one.clone() for one in filled]
+    (query,) = region.module(*filled)
+    compiled = measure.compiled(region, "inline")
+    other = [one.clone() for one in kept]
+    (again,) = compiled(other)
+    torch.testing.assert_close(again, query, rtol=0, atol=0.05)  # Inductor rounds less often
+    changed = [not torch.equal(a, b) for a, b in zip(kept, filled, strict=True)]
+    assert sum(changed) == 2
+    for one, right in zip(other, filled, strict=True):
+        torch.testing.assert_close(one, right, rtol=0, atol=0.05)
+
+
+def cached_site():
+    """A site whose key goes into a cache, in a graph by hand."""
+    plan, turn = "f32 unit=f32>bf16 weight=bf16 out=bf16", "half 16 in=bf16 out=bf16"
+
+    def forward(q, k, weight, cos, sin, cache, rows):
+        norms = [1e-6] * 2, [0.0] * 2, [plan] * 2, [turn] * 2
+        q, k, *_ = QK_RMS_NORM_ROPE([q, k], [weight, weight], cos, sin, *norms)
+        cache.copy_(aten.index_put.default(cache, [None, None, rows], k))
+        return q
+
+    shapes = (BATCH, HEADS, 1, 16), (BATCH, KEY_HEADS, 1, 16), (16,), *[(1, 1, 1, 16)] * 2
+    values = [torch.empty(shape, dtype=torch.bfloat16) for shape in shapes]
+    cache = torch.empty(BATCH, KEY_HEADS, PLACES, 16, dtype=torch.bfloat16)
+    graph = make_fx(forward)(*values, cache, torch.zeros(1, dtype=torch.int64)).graph
+    (site,) = graph.find_nodes(op="call_function", target=QK_RMS_NORM_ROPE)
+    return site
+
+
+class TestChoice:
+    """What a table says of a site with copies, or of the same without them."""
+
+    @pytest.fixture(autouse=True)
+    def empty_table(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("NORMFUSE_CACHE_DIR", str(tmp_path))
+        monkeypatch.setattr(choice, "device_name", lambda device: "A GPU")
+
+    def learn(self, inline_us, copies):
+        site = cached_site()
+        key = key_of(site, "A GPU", copies_behind(site) if copies else None)
+        entry = Entry(key, Measurement(BATCH * (HEADS + KEY_HEADS), (), inline_us, 10.0))
+        provenance = ("A GPU", torch.__version__, "3.6.0", "0.1", "2026-01-31", "a test")
+        tuning.tables().add(Document(*provenance, (entry,)))
+
+    def chosen(self):
+        return lower.Lower(Settings("auto")).form_of(cached_site())[0]
+
+    def test_what_was_measured_with_the_copies_decides(self):
+        assert self.chosen() == "inline"
+        self.learn(20.0, copies=True)
+        assert self.chosen() == "triton"
+        self.learn(9.0, copies=True)
+        self.learn(20.0, copies=False)
+        assert self.chosen() == "inline"
+
+    @pytest.mark.parametrize(("inline_us", "form"), [(20.0, "triton"), (10.0, "inline")])
+    def test_a_launch_that_wins_without_the_copies_is_taken(self, inline_us, form):
+        self.learn(inline_us, copies=False)
+        assert self.chosen() == form
+
+
+def test_the_report_says_what_a_launch_writes_besides():
+    recorder = Recorder()
+    inference_graph(Cached(), *inputs(TOKENS), recorder=recorder)
+    expected = "its launch also writes 2 of what attention reads into a cache"
+    assert {site.lowering_reason for site in recorder.sites} == {expected}
