@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import normfuse
 from normfuse import tuning
-from normfuse.ops import RMS_NORM
+from normfuse.ops import RMS_NORM, ROPE
 from normfuse.passes import choice, lower, measure
 from normfuse.passes.inductor import HOOKS
 from normfuse.passes.recognise import is_op
@@ -160,6 +160,22 @@ class TestCompile:
         assert (kept.device, kept.torch) == ("A GPU", torch.__version__)
         assert kept.command == "torch.compile with normfuse.tune=compile"
         assert kept.entries[0].measurement == Measurement(64, (), 20.0, 10.0)
+
+    @pytest.mark.parametrize(("layers", "form"), [(1, "inline"), (3, "triton")])
+    def test_layers_pay_together_for_their_tables(self, timer, layers, form):
+        def embeddings(q, angles):
+            cos, sin = angles.cos(), angles.sin()
+            for _ in range(layers):
+                q = ROPE([q], cos, sin, ["half 128 in=bf16 out=bf16"])[0]
+            return q
+
+        with FakeTensorMode():
+            shapes = (2, 4, 5, 128), (5, 128)
+            inputs = [torch.empty(shape, dtype=torch.bfloat16) for shape in shapes]
+            graph = make_fx(embeddings)(*inputs).graph
+        timer.says = (3.0, 4.0, 2.0)  # the last by tables that are there
+        sites = [node for node in graph.nodes if is_op(node)]
+        assert {chosen(node, tune="compile")[0] for node in sites} == {form}
 
     @pytest.mark.parametrize("dynamic", [False, True])
     def test_compiles_regions_in_the_middle_of_a_compilation(self, monkeypatch, dynamic):

@@ -9,7 +9,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from normfuse.ops import ADD_RMS_NORM, QK_RMS_NORM_ROPE, RMS_NORM, ROPE
 from normfuse.passes import measure
 from normfuse.passes.recognise import is_op
-from normfuse.passes.region import Spec, cut_out, key_of, neighbours_of, rows_of
+from normfuse.passes.region import (
+    Spec,
+    cut_out,
+    key_of,
+    neighbours_of,
+    rows_of,
+    sites_by_tables,
+)
 from normfuse.tuning import Rows
 from tests import float64
 from tests.float64 import assert_as_close_as_eager
@@ -207,3 +214,24 @@ def test_an_embedding_without_a_norm_is_measured_with_what_makes_its_tables():
     assert [spec.shape for spec in region.inputs] == [angles, q]
     (output,) = region.module.graph.find_nodes(op="output")
     assert len(output.args[0]) == 1  # the tables of other layers are theirs
+    assert region.by_tables.key == region.key
+    assert region.by_tables.neighbours == ("after relu",)
+    assert [spec.shape for spec in region.by_tables.inputs] == [q, angles, angles]
+    assert cut_out(given, "A GPU").by_tables is None
+
+
+def test_sites_that_read_the_same_tables_are_counted():
+    def layers(q, angles):
+        cos, sin = angles.cos(), angles.sin()
+        for _ in range(3):
+            tables = cos.unsqueeze(1), sin.unsqueeze(1)
+            q = ROPE([q], *tables, ["half 128 in=bf16 out=bf16"])[0]
+        return q * cos.unsqueeze(1)
+
+    with FakeTensorMode():
+        inputs = [
+            torch.empty(shape, dtype=torch.bfloat16) for shape in ((2, 4, 5, 128), (2, 5, 128))
+        ]
+        graph = make_fx(layers)(*inputs).graph
+    sites = graph.find_nodes(op="call_function", target=ROPE)
+    assert [sites_by_tables(site) for site in sites] == [3, 3, 3]

@@ -60,6 +60,16 @@ class TestVerdict:
         assert wins(Table([measured(64, TIED, share=0.33)]), Rows.exactly(64))
         assert not wins(Table([measured(64, TIED, share=1.0)]), Rows.exactly(64))
 
+    def test_sites_pay_together_for_the_tables_that_they_read(self):
+        table = Table([Entry(KEY, Measurement(64, (), 3.0, 4.0, tables_us=2.0))])
+
+        def verdict(sites):
+            return table.verdict(KEY, Rows.exactly(64), (), MARGIN, sites)
+
+        assert [verdict(sites).wins for sites in (1, 2, 3, 32)] == [False, False, True, True]
+        assert [verdict(sites).decisive.triton_us for sites in (1, 2, 4)] == [4.0, 3.0, 2.5]
+        assert table.winners("A GPU", "2.11", MARGIN) == [KEY]
+
     def test_an_empty_table_says_nothing(self):
         assert wins(Table(), Rows.exactly(64)) is None
 

@@ -13,7 +13,13 @@ from normfuse import tuning
 from normfuse.ops.lowering import backward_of
 from normfuse.passes.destinations import Copies, copies_behind
 from normfuse.passes.form import operands_of
-from normfuse.passes.region import cut_out, key_of, neighbours_of, rows_of
+from normfuse.passes.region import (
+    cut_out,
+    key_of,
+    neighbours_of,
+    rows_of,
+    sites_by_tables,
+)
 from normfuse.settings import Settings
 from normfuse.tuning import Key, Measurement, Rows, Verdict, minor
 
@@ -115,7 +121,8 @@ def device_name(device: torch.device) -> str:
 
 
 def _verdict(node: Node, key: Key, rows: Rows, settings: Settings) -> Verdict | None:
-    return tuning.tables().table.verdict(key, rows, neighbours_of(node), settings.margin)
+    sites = sites_by_tables(node)
+    return tuning.tables().table.verdict(key, rows, neighbours_of(node), settings.margin, sites)
 
 
 def _measure(node: Node, copies: Copies | None, key: Key, rows: Rows) -> bool:

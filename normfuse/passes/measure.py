@@ -32,10 +32,17 @@ Form = Callable[[list[torch.Tensor]], Any]
 
 
 class Times(NamedTuple):
-    """GPU time of each form, microseconds."""
+    """GPU time of each form, microseconds.
+
+    Attributes:
+        inline: of what Inductor makes of it.
+        triton: of the kernel and what makes its tables, if that is in the region.
+        by_tables: of the kernel by tables that are there; None if nothing makes them.
+    """
 
     inline: float
     triton: float
+    by_tables: float | None = None
 
 
 def measure(
@@ -60,9 +67,10 @@ def measure(
             "call the compiled model once before it is captured"
         )
     times = _apart(lambda: _times(region, turn or nullcontext()))
-    measurement = Measurement(
-        region.rows, region.neighbours, round(times.inline, 3), round(times.triton, 3)
-    )
+    inline, triton = round(times.inline, 3), round(times.triton, 3)
+    given = triton if times.by_tables is None else round(times.by_tables, 3)
+    tables = max(0.0, round(triton - given, 3))
+    measurement = Measurement(region.rows, region.neighbours, inline, triton, tables_us=tables)
     return Document(
         region.key.device,
         torch.__version__,
@@ -88,8 +96,13 @@ def _times(region: Region, turn: AbstractContextManager[Any]) -> Times:
     device = region.inputs[0].device
     with torch.cuda.device(device), torch.no_grad():
         forms = [compiled(region, form) for form in FORMS]
+        specs = region.inputs
+        if region.by_tables is not None:
+            by_tables, start = compiled(region.by_tables, "triton"), len(specs)
+            forms.append(lambda inputs: by_tables(inputs[start:]))
+            specs += region.by_tables.inputs
         with turn:
-            times = cold_times(forms, input_sets(region.inputs, _num_sets(region, device)))
+            times = cold_times(forms, input_sets(specs, _num_sets(region, device)))
             torch.cuda.empty_cache()  # several gigabytes, for large regions
     return Times(*times)
 
@@ -105,7 +118,8 @@ def compiled(region: Region, form: str) -> Form:
         for spec in region.inputs
     ]
     code = inductor.compile_graph(copy.deepcopy(region.module), examples, patches)
-    return lambda inputs: code(*inputs)
+    count = len(region.inputs)
+    return lambda inputs: code(*inputs[:count])
 
 
 def input_sets(specs: Sequence[Spec], count: int) -> list[list[torch.Tensor]]:

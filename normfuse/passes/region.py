@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -62,6 +62,7 @@ class Region:
         neighbours: "before mul", "after add", ..., sorted.
         module: takes the inputs, returns a tuple of what leaves the region.
         inputs: what it takes.
+        by_tables: the same without what makes tables in it; None if nothing does.
     """
 
     key: Key
@@ -69,6 +70,7 @@ class Region:
     neighbours: tuple[str, ...]
     module: GraphModule
     inputs: tuple[Spec, ...]
+    by_tables: Region | None = None
 
 
 def key_of(node: Node, device_name: str, copies: Copies | None = None) -> Key:
@@ -116,7 +118,12 @@ def neighbours_of(node: Node) -> tuple[str, ...]:
 
 def cut_out(node: Node, device_name: str, copies: Copies | None = None) -> Region:
     """The region of a site, with copies that its launch makes, at the hints of symbolic numbers."""
-    makers = _makers_of_tables(node)
+    makers, key = _makers_of_tables(node), key_of(node, device_name, copies)
+    alone = _region(node, key, copies, [])
+    return replace(_region(node, key, copies, makers), by_tables=alone) if makers else alone
+
+
+def _region(node: Node, key: Key, copies: Copies | None, makers: list[Node]) -> Region:
     before, after = [*_before(node), *makers], _after(node)
     results = [user for user in node.users if user.target is operator.getitem and user.users]
     copying = copies.nodes if copies is not None else ()
@@ -140,9 +147,7 @@ def cut_out(node: Node, device_name: str, copies: Copies | None = None) -> Regio
     leaving.sort(key=list(environment).index)
     graph.output(tuple(environment[old] for old in leaving))
     module = GraphModule(torch.nn.Module(), _placeholders_first(graph))
-    rows = rows_of(node).typical
-    key = key_of(node, device_name, copies)
-    return Region(key, rows, _names(before, after), module, tuple(inputs))
+    return Region(key, rows_of(node).typical, _names(before, after), module, tuple(inputs))
 
 
 def _copy(graph: Graph, old: Node, environment: dict[Node, Node]) -> Node:
@@ -186,12 +191,24 @@ def _makers_of_tables(node: Node) -> list[Node]:
     """What an embedding without a norm makes its tables of.
 
     Inductor would compute the cosine of an angle anew for every head of every layer; an op reads a
-    table. That is most of what it gains, and all sites together pay for it once: each is charged
-    the whole of it here.
+    table. That is most of what it gains, and all sites together pay for it once.
     """
     if node.target is not ROPE:
         return []
     return _producers([one for one in node.args[1:3] if isinstance(one, Node)], 0)
+
+
+def sites_by_tables(node: Node) -> int:
+    """How many sites read the tables of an embedding without a norm, itself among them."""
+    if not _makers_of_tables(node):
+        return 1
+    table: Node = node.args[1]  # type: ignore[assignment]
+    while is_view(table):
+        table = table.all_input_nodes[0]
+    views = [table]
+    for view in views:  # grows
+        views += [user for user in view.users if is_view(user)]
+    return len({user for view in views for user in view.users if user.target is node.target})
 
 
 def _producers(pending: list[Node], size: int) -> list[Node]:

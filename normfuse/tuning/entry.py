@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 from normfuse.tuning.digest import kernel_digest
@@ -45,6 +45,8 @@ class Measurement:
         share: how much of `inline_us` is the site, at most; less than 1 where a whole model was
             timed.
         timed: what was timed, if not the site alone.
+        tables_us: how much of `triton_us` makes tables, for which all sites pay together that read
+            them.
     """
 
     rows: int
@@ -53,6 +55,14 @@ class Measurement:
     triton_us: float
     share: float = 1.0
     timed: str = ""
+    tables_us: float = 0.0
+
+    def shared_by(self, sites: float) -> Measurement:
+        """The times of one of so many sites that read the same tables."""
+        if not self.tables_us:
+            return self
+        others = self.tables_us * (1 - 1 / sites)
+        return replace(self, triton_us=self.triton_us - others, tables_us=self.tables_us - others)
 
     @property
     def speedup(self) -> float:
@@ -164,6 +174,11 @@ def _entry(device: str, torch: str, found: dict[str, Any]) -> Entry:
     if not (measurement.inline_us > 0 and measurement.triton_us > 0 and measurement.rows > 0):
         raise ValueError(
             f"a measurement must have times and rows above 0, got {measurement}: measure it again"
+        )
+    if not 0 <= measurement.tables_us < measurement.triton_us:
+        raise ValueError(
+            f"tables must take less than the kernel that reads them, got {measurement}: "
+            "measure it again"
         )
     if not 0 < measurement.share <= 1:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -80,15 +81,17 @@ class Table:
         return bool(_around(measured, bucket(rows.typical)))
 
     def verdict(
-        self, key: Key, rows: Rows, neighbours: tuple[str, ...], margin: float
+        self, key: Key, rows: Rows, neighbours: tuple[str, ...], margin: float, sites: int = 1
     ) -> Verdict | None:
         """Which form a site takes; None if nothing was measured that could tell.
 
         Rows between two measured buckets must win in both. A symbolic number of rows must win at
         its hint, and in every measured bucket of its range: one compiled graph serves all of them,
-        and no guard is put on them.
+        and no guard is put on them. Of what makes the tables of a site it pays its part, if so many
+        sites read them.
         """
-        measured = self._by_bucket(key, neighbours)
+        found = self._by_bucket(key, neighbours)
+        measured = {size: one.shared_by(sites) for size, one in found.items()}
         asked = _around(measured, bucket(rows.typical))
         if not asked:
             return None
@@ -119,7 +122,7 @@ class Table:
             key
             for key, measurements in list(self._found.items())
             if (key.device, key.torch) == (device, torch)
-            and any(one.wins(margin) for one in list(measurements.values()))
+            and any(one.shared_by(math.inf).wins(margin) for one in list(measurements.values()))
         ]
 
     def _by_bucket(self, key: Key, neighbours: tuple[str, ...]) -> dict[int, Measurement]:
