@@ -14,6 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from normfuse.ops.destinations import Cached, Destination, Repeated, Writes
 from normfuse.ops.gating import Gating
 from normfuse.ops.kernels import (
     add_rms_norm,
@@ -53,6 +54,7 @@ KERNELS = {
     "dual_rms_norm_add_rms_norm": dual_rms_norm_add_rms_norm,
 }
 _POINTERS = {
+    torch.int64: "*i64",
     torch.float64: "*fp64",
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -150,9 +152,18 @@ def _record(
 
 
 def compile_heads(
-    width: int, dtype: torch.dtype, layout: str, target: str, tokens: int = 16
+    width: int,
+    dtype: torch.dtype,
+    layout: str,
+    target: str,
+    tokens: int = 16,
+    into: str = "",
+    **options: Any,
 ) -> Any:
-    """What Triton makes of 16 q, k and v heads of `width`; q and k turn."""
+    """What Triton makes of 16 q, k and v heads of `width`; q and k turn.
+
+    `into` says where k and v go, if not into memory of their own: "caches" or "copies".
+    """
     gpu, recorder = TARGETS[target], _Recorder()
     heads = torch.empty(2, tokens, 16, width, dtype=dtype, device="meta").transpose(1, 2)
     weight = torch.empty(width, dtype=dtype, device="meta")
@@ -161,10 +172,21 @@ def compile_heads(
     turns = [Rotation(layout, width, dtype, dtype)] * 2 + [None]
     norms = ([1e-6] * 3, [1.0] * 3, plans, turns)
     weights = [weight, weight, None]
+    told = {"stores": [True] * 3 + [False] * 3, "writes": _writes(heads, into)} if into else {}
     with _building_for(gpu):
-        qk_rms_norm_rope.launch([heads] * 3, weights, table, table, *norms, wrap=recorder)
-    options = {"num_warps": recorder.num_warps}
+        qk_rms_norm_rope.launch([heads] * 3, weights, table, table, *norms, **told, wrap=recorder)
+    options["num_warps"] = recorder.num_warps
     return triton.compile(recorder.source, target=gpu, options=options)
+
+
+def _writes(heads: torch.Tensor, into: str) -> Writes:
+    batch, num, _, width = heads.shape
+    where: Destination = Repeated((0, 1, 2, 3), 2, 4)
+    if into == "caches":
+        cache = torch.empty(batch, num, 512, width, dtype=heads.dtype, device="meta")
+        first = torch.empty((), dtype=torch.int64, device="meta")
+        where = Cached(cache, first, (0, 1, 2, 3), 2, counts_up=True)
+    return Writes((None, where, where, None, None, None))
 
 
 def resources(compiled: Any, path: Path) -> dict[str, int]:

@@ -43,6 +43,25 @@ def test_heads_do_not_spill(layout, target, tmp_path):
     assert spilled == dict.fromkeys(spilled, 0)
 
 
+@pytest.mark.parametrize("target", cross_compile.TARGETS)
+@pytest.mark.parametrize("into", ["caches", "copies"])
+def test_heads_that_go_elsewhere_do_not_spill(into, target, tmp_path):
+    for width, tokens in product((128, 256), (16, 8192)):
+        compiled = cross_compile.compile_heads(width, BF16, "half", target, tokens, into)
+        found = cross_compile.resources(compiled, tmp_path / "cubin")
+        assert found["spilled"] == 0, (width, tokens)
+
+
+def test_nothing_is_read_behind_the_check_of_a_position():
+    """It is a barrier: what is read behind it would wait for the position first."""
+    as_inductor = {"debug": True, "sanitize_overflow": False}
+    compiled = cross_compile.compile_heads(128, BF16, "half", "sm_90", into="caches", **as_inductor)
+    found = re.findall(r"(ld|st)\.global|(bar)\.sync", compiled.asm["ptx"])
+    order = " ".join("".join(words) for words in found)
+    # q has no position, k and v have.
+    assert re.fullmatch(r"(ld )+(st )+((ld )+(st )+bar ?){2}", order), order
+
+
 # Rows around `tile.WIDEST_HELD`, some held and some read again, the widest with weights ahead, and
 # one that all read again.
 @pytest.mark.parametrize("stem", cross_compile.KERNELS)

@@ -157,15 +157,13 @@ def _along_axis(outer, middle, inner, PLACE: tl.constexpr):
 def _place(position, number, size_place, is_row, PLACE: tl.constexpr):
     """Where along its axis each row of a result goes, and whether it is a row and there is room.
 
-    A negative position counts from the end, as in a subscript of torch, and one out of bounds ends
-    the program where Inductor lets its own kernels do so.
+    A negative position counts from the end, as in a subscript of torch.
     """
     place = position.to(tl.int64)
     if step(PLACE, "from") == "first":
         place += number
     place = tl.where(place < 0, place + size_place, place)
     has_room = (place >= 0) & (place < size_place)
-    tl.device_assert(has_room | (is_row == 0), "a position is out of the bounds of its cache")
     return place, is_row & has_room
 
 
@@ -203,11 +201,12 @@ def head_rows(
         y_ptr += outer * stride_y_outer + middle * stride_y_middle + inner * stride_y_inner
     if PLACE != "":
         number = _along_axis(outer, middle, inner, PLACE)
-        # Loaded here: torch takes an operand of a function for one that is written, if what is
-        # written depends on the result.
-        position = tl.load(position_ptr + number * stride_position, mask=is_row, other=0)
-        place, stored = _place(position, number, size_place, is_row, PLACE)
-        y_ptr += place * stride_place
+        # Asked for first, needed last. Here, since torch takes an operand of a function for one
+        # that is written, if what is written depends on the result.
+        if step(PLACE, "from") == "first":
+            position = tl.load(position_ptr)
+        else:
+            position = tl.load(position_ptr + number * stride_position, mask=is_row, other=0)
     # What the last step needs is asked for before anyone waits for a statistic.
     xs = ()
     for group in tl.static_range(GROUPS):
@@ -225,6 +224,9 @@ def head_rows(
     weight_ptr = row_of(weight_ptr, row, 0)
     weights = _load_row(weight_ptr, is_row, N, ROWS, DIM, START, PAIRS, OTHERS, TURN)
     PASSED: tl.constexpr = 2 if DIM > 0 else 0  # which piece does not turn
+    if PLACE != "":
+        place, stored = _place(position, number, size_place, is_row, PLACE)
+        y_ptr += place * stride_place
     for group in tl.static_range(GROUPS):
         root = _root(xs[group], N, ROWS, DIM, EPS, PLAN)
         rows_ptr = y_ptr + group * ROWS * (N if stride_y_next is None else stride_y_next)
@@ -245,3 +247,7 @@ def head_rows(
                 tl.store(copy_ptr + cols, y, mask=stored & (cols < N))
         if PLAN != "":
             store_inverse_root(rstd_ptr, root, row + group * ROWS, num_rows, PLAN)
+    if PLACE != "":
+        # Last, since nothing may be read across it. It ends the program where Inductor lets its
+        # own kernels do so.
+        tl.device_assert(stored | (is_row == 0), "a position is out of the bounds of its cache")
