@@ -183,6 +183,7 @@ class Computed(CachedAt):
 
 
 @pytest.mark.parametrize("model", [ReadsBefore, ReturnsKey, Adds, FreshCache, Scattered, Computed])
+@pytest.mark.guarantee
 def test_what_a_launch_cannot_write_stays_as_it_was(model):
     values = inputs(TOKENS)
     if model is Computed:

@@ -37,6 +37,7 @@ def steps(model, tokens, mode, lowering):
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 @pytest.mark.parametrize(("tokens", "key_heads"), [(1, 2), (3, 2), (3, 1)])
 @pytest.mark.parametrize(("width", "normed"), [(128, True), (128, False), (80, True)])
+@pytest.mark.guarantee
 def test_caches_hold_the_bits_of_the_op(width, normed, tokens, key_heads, mode):
     model = Cached(width, normed=normed, key_heads=key_heads, places=16)
     expected, held = steps(model, tokens, mode, "op")
@@ -61,6 +62,7 @@ def test_repeated_heads_have_the_bits_of_the_op(normed, width):
     assert torch.equal(*found)
 
 
+@pytest.mark.guarantee
 def test_positions_are_read_anew_by_a_cuda_graph():
     model = CachedAt(128, places=16).cuda()
     options = normfuse.options("reduce-overhead", lowering="triton")
@@ -77,6 +79,7 @@ def test_positions_are_read_anew_by_a_cuda_graph():
 
 
 @pytest.mark.parametrize("lowering", ["inline", "triton"])
+@pytest.mark.guarantee
 def test_a_position_out_of_bounds_is_an_error(lowering):
     script = f"""
         import torch, normfuse

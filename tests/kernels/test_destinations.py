@@ -58,6 +58,7 @@ def put(cache, axis, positions, x):
 @pytest.mark.parametrize("memory", IN_MEMORY)
 @pytest.mark.parametrize(("tokens", "num_keys"), [(1, 2), (5, 2), (5, 1)])
 @pytest.mark.parametrize("layout", ["half", "interleaved"])
+@pytest.mark.guarantee
 def test_keys_and_values_go_into_caches(layout, tokens, num_keys, memory, counts_up, launch):
     q, k, v, weights, tables = operands(tokens, 16, memory, num_keys)
     turn = f"{layout} 16 in=bf16 out=bf16"
@@ -103,6 +104,7 @@ def test_negative_positions_count_from_the_end(launch):
 
 
 @pytest.mark.parametrize(("memory", "width", "dim"), list(product(IN_MEMORY, (16, 24), (16, 8))))
+@pytest.mark.guarantee
 def test_keys_and_values_are_repeated(memory, width, dim, launch):
     q, k, v, weights, tables = operands(5, width, memory)
     tables = [table[..., :dim] for table in tables]
