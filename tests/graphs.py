@@ -1,6 +1,10 @@
 """Graphs as text, short enough for a snapshot, and the rewritten block as a callable."""
 
+import copy
+
 import torch
+from torch._inductor.compile_fx import _recursive_post_grad_passes, compile_fx
+from torch._inductor.virtualized import V
 
 from normfuse.backend import patches
 from normfuse.passes import inductor
@@ -74,3 +78,31 @@ def _text(value):
     if isinstance(value, (list, tuple)):
         return "(" + ", ".join(_text(item) for item in value) + ")"
     return repr(value)
+
+
+def graphs_for_code(model, call, *, recorder=None, **options):
+    """The graphs that Inductor generates code for, all sites launches, as `call` compiles them.
+
+    What runs are the graphs before Inductor's last passes: there is no GPU to run the launches.
+    """
+    graphs = []
+
+    def inner_compile(inner, fakes, **keywords):
+        runs = copy.deepcopy(inner)
+        values = [node.meta.get("val") for node in inner.graph.nodes]
+        mode = next(one.fake_mode for one in values if isinstance(one, torch.Tensor))
+        with V.set_fake_mode(mode):
+            _recursive_post_grad_passes(inner, is_inference=keywords.get("is_inference", False))
+        graphs.append(inner.graph)
+        return inductor._boxed(runs)
+
+    ours = patches(None, {"normfuse.lowering": "triton"}, recorder)
+    ours = {**ours, "force_disable_caches": True}
+
+    def backend(graph_module, fakes):
+        return compile_fx(
+            graph_module, list(fakes), inner_compile=inner_compile, config_patches=ours
+        )
+
+    call(torch.compile(model, backend=backend, **options))
+    return graphs

@@ -1,20 +1,15 @@
 """What launches write for attention: into caches, and repeated for the queries that share it."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
-from torch._inductor.compile_fx import _recursive_post_grad_passes, compile_fx
-from torch._inductor.virtualized import V
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from normfuse import tuning
-from normfuse.backend import patches
 from normfuse.cli import sites
 from normfuse.cli.subject import Subject
 from normfuse.ops import QK_RMS_NORM_ROPE
-from normfuse.passes import choice, inductor, lower, measure
+from normfuse.passes import choice, destinations, lower, measure
 from normfuse.passes.destinations import copies_behind
 from normfuse.passes.recorder import Recorder
 from normfuse.passes.region import key_of
@@ -31,6 +26,7 @@ from tests.cached_attention import (
     Uncached,
     inputs,
 )
+from tests.graphs import graphs_for_code
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("kernels_on_cpu")
@@ -39,32 +35,14 @@ aten = torch.ops.aten
 TOKENS = 5
 
 
-def inference_graph(function, *arguments, recorder=None, **options):
-    """The graph that Inductor generates code for; what runs is the graph before its passes."""
-    graphs = []
+def inference_graph(model, *arguments, **options):
+    """The graph that Inductor generates code for."""
 
-    def inner_compile(inner, fakes, **_):
-        runs = copy.deepcopy(inner)
-        values = [node.meta.get("val") for node in inner.graph.nodes]
-        mode = next(one.fake_mode for one in values if isinstance(one, torch.Tensor))
-        with V.set_fake_mode(mode):
-            _recursive_post_grad_passes(inner, is_inference=True)
-        graphs.append(inner.graph)
-        return inductor._boxed(runs)
+    def call(compiled):
+        with torch.no_grad():
+            compiled(*arguments)
 
-    ours = {
-        **patches(None, {"normfuse.lowering": "triton"}, recorder),
-        "force_disable_caches": True,
-    }
-
-    def backend(graph_module, fakes):
-        return compile_fx(
-            graph_module, list(fakes), inner_compile=inner_compile, config_patches=ours
-        )
-
-    with torch.no_grad():
-        torch.compile(function, backend=backend, **options)(*arguments)
-    return graphs[-1]
+    return graphs_for_code(model, call, **options)[-1]
 
 
 def launch_of(graph):
@@ -207,26 +185,37 @@ def test_a_value_that_is_not_in_memory_does_not_join():
     assert puts(graph) == 1
 
 
-class OfTheKey(Uncached):
-    """A value that depends on the turned key."""
-
-    def forward(self, x, cos, sin):
-        q, k, v = self.heads(x, cos, sin)
-        v = (k.transpose(1, 2).reshape(-1, 32) @ self.mixing).view(v.shape)
-        return self.attend(q, self.head_sum(k), v)
+class OfTheQuery(Cached):
+    """A value that depends on the turned query."""
 
     def __init__(self):
         super().__init__()
-        self.mixing = nn.Parameter(cached_attention.random(32, 32))
+        self.mixing = nn.Parameter(cached_attention.random(HEADS * 16, KEY_HEADS * 16))
 
-    @staticmethod
-    def head_sum(k):
-        return k
+    def heads(self, x, cos, sin):
+        q, k, v = super().heads(x, cos, sin)
+        v = (q.transpose(1, 2).flatten(2) @ self.mixing).view(*x.shape[:-1], -1, 16)
+        return q, k, v.transpose(1, 2)
 
 
-def test_a_value_that_depends_on_the_key_does_not_join():
-    graph = inference_graph(OfTheKey(), *inputs(TOKENS))
-    assert copied(launch_of(graph))[2] is None
+def test_a_value_that_waits_for_the_launch_does_not_join():
+    graph = inference_graph(OfTheQuery(), *inputs(TOKENS))
+    assert copied(launch_of(graph)) == [1, "axis=middle from=first", None]
+    assert puts(graph) == 1
+
+
+def test_what_is_repeated_more_often_than_was_measured_is_copied_by_others(monkeypatch):
+    monkeypatch.setattr(destinations, "MAX_COPIES", 1)
+    graph = inference_graph(Uncached(), *inputs(TOKENS))
+    assert copied(launch_of(graph)) == [1, 1, None]
+
+
+def test_positions_on_another_device_are_no_operand():
+    site = cached_site()
+    assert copies_behind(site) is not None
+    rows = next(node for node in site.graph.nodes if node.meta["val"].dtype == torch.int64)
+    rows.meta["val"] = torch.zeros(1, dtype=torch.int64, device="meta")
+    assert copies_behind(site) is None
 
 
 class TwoLayers(nn.Module):

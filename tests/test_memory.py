@@ -1,21 +1,17 @@
 """Which memory launches share, and which gradients they write over others."""
 
-import copy
 from itertools import product
 
 import pytest
 import torch
 from torch import nn
-from torch._inductor.compile_fx import _recursive_post_grad_passes, compile_fx
-from torch._inductor.virtualized import V
 
-from normfuse.backend import patches
 from normfuse.ops.add_rms_norm_backward import ADD_RMS_NORM_BACKWARD
 from normfuse.ops.qk_rms_norm_rope import QK_RMS_NORM_ROPE
 from normfuse.ops.rms_norm_backward import RMS_NORM_BACKWARD
-from normfuse.passes import inductor
 from tests import rotary
 from tests.blocks import BranchBetweenNorms, GemmaRMSNorm
+from tests.graphs import graphs_for_code
 from tests.rotary import BATCH, DIM, TOKENS, WIDTH
 from tests.test_backward_lowering import BF16, add_norm_backward, launches
 from tests.test_lowering import LLAMA, lowered
@@ -26,26 +22,8 @@ SHAPES = [(64, 96)] * 3 + [(96,), (64, 1)]
 
 
 def backward_graph(model, *inputs):
-    """The graph of the gradients as Inductor generates code for it; the graph before runs."""
-    graphs = []
-
-    def inner_compile(inner, values, **_):
-        runs = copy.deepcopy(inner)
-        mode = next(node.meta["val"].fake_mode for node in inner.graph.nodes)
-        with V.set_fake_mode(mode):
-            _recursive_post_grad_passes(inner, is_inference=False)
-        graphs.append(inner.graph)
-        return inductor._boxed(runs)
-
-    ours = {**patches(None, {"normfuse.lowering": "triton"}), "force_disable_caches": True}
-
-    def backend(graph_module, values):
-        return compile_fx(
-            graph_module, list(values), inner_compile=inner_compile, config_patches=ours
-        )
-
-    torch.compile(model, backend=backend)(*inputs).sum().backward()
-    return graphs[-1]
+    """The graph of the gradients as Inductor generates code for it."""
+    return graphs_for_code(model, lambda compiled: compiled(*inputs).sum().backward())[-1]
 
 
 RESULTS = ("grad_x_ptr", "grad_residual_ptr")

@@ -24,7 +24,7 @@ from normfuse.passes import memory
 aten = torch.ops.aten
 
 _OPS = (QK_RMS_NORM, QK_RMS_NORM_ROPE, ROPE)
-_INDICES = (torch.int64, torch.int32)
+MAX_COPIES = 16  # of each row, the most that was measured; they are unrolled
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,11 @@ def copies_behind(op: Node) -> Copies | None:
     taken = {number: copy for number, copy in found.items() if copy is not None}
     if not taken:
         return None
-    others = _siblings(op, list(taken.values()))[: MAX_NORMS - num]
-    copies = Copies(taken, others)
-    return copies if needed_before(op, copies) is not None else None
+    others = _siblings(op, list(taken.values())) if num < MAX_NORMS else ()
+    for copies in (Copies(taken, others), Copies(taken, ())):
+        if needed_before(op, copies) is not None:
+            return copies
+    return None
 
 
 def needed_before(op: Node, copies: Copies) -> list[Node] | None:
@@ -169,14 +171,20 @@ def _into_cache(put: Node, value: Node, dims: tuple[int, ...], nodes: list[Node]
         return None
     index: Any = indices[axes[0]]  # type: ignore[index]
     positions, counts_up, made_of = _positions(index)
-    numbers = positions.meta["val"]
     has_each = index.meta["val"].dim() == 1 and _same(
         index.meta["val"].shape[0], value.meta["val"].shape[axes[0]]
     )
-    if not has_each or numbers.dtype not in _INDICES or not memory.is_in_memory(positions):
+    if not has_each or not _are_readable(positions, cache.meta["val"].device):
         return None
     cached = Cached(cache, positions, dims, axes[0], counts_up)
     return Copy(cached, put, (*nodes, *made_of, put, back[0]))
+
+
+def _are_readable(positions: Node, device: torch.device) -> bool:
+    """Whether a kernel finds positions where it runs, without another one that computes them."""
+    numbers = positions.meta["val"]
+    is_there = numbers.device == device and memory.is_in_memory(positions)
+    return is_there and numbers.dtype in (torch.int64, torch.int32)
 
 
 def _fits(cache: Node, value: Node, axis: int) -> bool:
@@ -233,7 +241,7 @@ def _repeated(unsqueeze: Node, dims: tuple[int, ...], nodes: list[Node]) -> Copy
     others = [dim for dim in range(rank) if dim != axis]
     copies: Any = after[axis]
     is_plain = clone.kwargs == {"memory_format": torch.contiguous_format}
-    if not is_plain or not isinstance(copies, int) or copies < 2:
+    if not is_plain or not isinstance(copies, int) or not 2 <= copies <= MAX_COPIES:
         return None
     if not all(_same(before[dim], after[dim]) for dim in others):
         return None
