@@ -49,6 +49,8 @@ class TestRivals:
             (Cell("qk_rms_norm", 5, 128, (32, 8)), ["Stub", "F.rms_norm"]),
             (Cell("qk_rms_norm_rope", 5, 128, (32, 8)), ["Stub", "F.rms_norm + Stub"]),
             (Cell("qk_rms_norm_rope", 5, 256, (16, 8)), ["Stub", "F.rms_norm + Stub"]),
+            (Cell("rope", 5, 128, (32, 8)), ["Stub"]),
+            (Cell("rope", 1, 128, (32, 2)), ["Stub"]),
             (Cell("modulated_rms_norm", 8, 64), ["Stub"]),
             (Cell("rms_norm_add", 4, 64), ["Stub"]),
         ],

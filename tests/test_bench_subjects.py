@@ -5,7 +5,18 @@ from itertools import product
 import pytest
 import torch
 
-from normfuse.cli.bench.cells import MODELS, ODD_WIDTHS, OPS, QK, ROWS, WHOLE, WIDTHS, Cell, grid
+from normfuse.cli.bench.cells import (
+    MODELS,
+    ODD_WIDTHS,
+    OPS,
+    QK,
+    ROWS,
+    TURNED,
+    WHOLE,
+    WIDTHS,
+    Cell,
+    grid,
+)
 from normfuse.cli.bench.compositions import composition
 from normfuse.cli.bench.peers import PEERS, Peer
 from normfuse.cli.bench.spellings import gemma3, llama
@@ -17,6 +28,7 @@ HEADS = {
     "gated_rms_norm": [(32,)],
     "qk_rms_norm": [(32, 8), (32, 16), (8, 4)],
     "qk_rms_norm_rope": [(32, 8), (32, 16), (8, 4)],
+    "rope": [(32, 8), (32, 2)],
 }
 SMALL = [
     Cell(op, 8, 256 if heads == (8, 4) else 128, heads)
@@ -94,6 +106,7 @@ def test_bytes():
         what = subject(Cell(op, 4096, 128, (32, 8)))
         assert what.num_bytes == heads + more + 2 * 2 * 128
         assert what.streams == (1, 1)
+    assert subject(Cell("rope", 4096, 128, (32, 8))).num_bytes == heads + tables
 
 
 def test_streams():
@@ -114,6 +127,8 @@ class TestGrid:
         cells = grid()
         heads = {(*cell.heads, cell.width) for cell in cells if cell.op == "qk_rms_norm_rope"}
         assert heads == set(MODELS.values())
+        turned = {(*cell.heads, cell.width) for cell in cells if cell.op == "rope"}
+        assert turned == set(TURNED.values())
         for op in WHOLE:
             assert {c.dtype for c in cells if c.op == op} == {"bf16", "fp16", "fp32"}
 
@@ -169,7 +184,7 @@ def test_a_composition_is_the_chain():
             assert result.shape == exact.shape
             error = (result.double() - exact).abs().amax() / exact.abs().amax()
             assert error < 8 * torch.finfo(torch.bfloat16).eps, cell.name
-    assert composed == set(OPS) - {"l2_norm", "gated_rms_norm", "modulated_rms_norm", *QK}
+    assert composed == set(OPS) - {"l2_norm", "gated_rms_norm", "modulated_rms_norm", "rope", *QK}
 
 
 def test_peers_have_names_of_their_own():

@@ -24,6 +24,7 @@ OPS = (
     "modulated_rms_norm",
     "qk_rms_norm",
     "qk_rms_norm_rope",
+    "rope",
 )
 # These three have the whole grid of rows and widths; what they show holds for their relatives.
 WHOLE = ("rms_norm", "add_rms_norm", "rms_norm_add_rms_norm")
@@ -47,6 +48,8 @@ MODELS = {
     "Gemma-4 local": (8, 4, 256),
     "Gemma-4 global": (8, 4, 512),
 }
+# The same of models that turn them without a norm.
+TURNED = {"Llama-3-8B": (32, 8, 128), "GLM-4-9B": (32, 2, 128), "OLMo-2-7B": (32, 32, 128)}
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,10 @@ def grid(ops: Iterable[str] = OPS, *, quick: bool = False) -> list[Cell]:
 def _cells_of(op: str) -> Iterator[Cell]:
     if op in QK:
         yield from _heads_of_models(op)
+    elif op == "rope":
+        for (heads_q, heads_k, width), rows in product(TURNED.values(), FEW_ROWS):
+            tier = 0 if heads_k == 8 and rows in (1, 512, 4096) else 1
+            yield Cell(op, rows, width, (heads_q, heads_k), tier=tier)
     elif op in ("l2_norm", "gated_rms_norm"):  # Qwen3-Next: 16 heads of keys, 32 of values
         heads = (16,) if op == "l2_norm" else (32,)
         yield from (Cell(op, rows, 128, heads, tier=0) for rows in (1, 512, 4096))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from normfuse.cli.bench.cells import QK
 from normfuse.cli.bench.compositions import OVERWRITTEN, composition
-from normfuse.cli.bench.heads import Heads, combinations
+from normfuse.cli.bench.heads import Heads, Turned, combinations
 from normfuse.cli.bench.peers import Peer
 from normfuse.cli.bench.spellings import EPS, Tensor
 from normfuse.cli.bench.subjects import Subject, norm_of_heads
@@ -64,6 +64,9 @@ def contenders(subject: Subject, peers: Sequence[Peer], *, on_gpu: bool) -> list
     if subject.cell.op in QK:
         _, offset, _ = norm_of_heads(subject.cell, subject.dtype)
         return [*rivals, *map(_of_heads, combinations(subject.cell, peers, offset))]
+    if subject.cell.op == "rope":
+        turning = [Turned(subject.cell, peer) for peer in peers if peer.turns]
+        return [*rivals, *map(_of_rotation, turning)]
     for peer in peers:
         chain = composition(peer, subject.cell)
         if chain is not None:
@@ -113,6 +116,11 @@ def _of_peer(peer: Peer, subject: Subject, chain: Callable[..., Sequence[Tensor]
 def _of_heads(chain: Heads) -> Contender:
     is_cached = all(peer is None or peer.name in CACHED for peer in (chain.norm, chain.rope))
     return Contender(chain.name, lambda: chain, chain.adapt, is_cached=is_cached)
+
+
+def _of_rotation(chain: Turned) -> Contender:
+    is_cached = chain.name in CACHED
+    return Contender(chain.name, lambda: chain, chain.adapt, overwrites=True, is_cached=is_cached)
 
 
 def _cloned(operands: Operands) -> Operands:

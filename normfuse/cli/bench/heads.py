@@ -75,6 +75,29 @@ class Heads:
         return self.norm.norm(x.reshape(-1, x.shape[-1]), weight, 0.0).view(x.shape)
 
 
+@dataclass(frozen=True)
+class Turned:
+    """A peer's rotation alone; it writes over its operands, which are contiguous."""
+
+    cell: Cell
+    rope: Peer
+
+    @property
+    def name(self) -> str:
+        return self.rope.name
+
+    def adapt(self, operands: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Operands of its own, and the tables as it takes them."""
+        q, k, *tables = operands
+        return q.clone(), k.clone(), *self.rope.tables(*tables)
+
+    def __call__(self, q: Tensor, k: Tensor, *tables: Tensor) -> tuple[Tensor, ...]:
+        """q and k (1, heads, T, N), of `adapt`'s operands."""
+        shape = (self.cell.rows, -1, self.cell.width)
+        turned = self.rope.rope(q.view(shape), k.view(shape), *tables)
+        return tuple(x.unsqueeze(0).transpose(1, 2) for x in turned)
+
+
 def combinations(cell: Cell, peers: Sequence[Peer], offset: float) -> Iterator[Heads]:
     """Every norm, torch's own included, with every rotation where the cell turns."""
     ropes: list[Peer | None] = [None]

@@ -321,6 +321,37 @@ def _qk(cell: Cell) -> Subject:
     )
 
 
+def _rope(cell: Cell) -> Subject:
+    """q and k are projections of their own, heads first as attention wants them."""
+    dtype = DTYPES[cell.dtype]
+    rotation = str(Rotation("half", cell.width, dtype, dtype))
+
+    def split(*projections: Tensor) -> list[Tensor]:
+        return [x.unflatten(-1, (-1, cell.width)).transpose(1, 2) for x in projections]
+
+    def eager(q: Tensor, k: Tensor, *tables: Tensor) -> tuple[Tensor, ...]:
+        return spellings.apply_rotary_pos_emb(*split(q, k), *tables)
+
+    def arguments(q: Tensor, k: Tensor, *tables: Tensor) -> tuple[Any, ...]:
+        cos, sin = (table.unsqueeze(1) for table in tables)
+        return split(q, k), cos, sin, [rotation] * 2
+
+    table = ("table", (1, cell.rows, cell.width))
+    return Subject(
+        cell,
+        (
+            *(("activation", (1, cell.rows, heads * cell.width)) for heads in cell.heads),
+            *(table, table),
+        ),
+        eager,
+        ops.ROPE,
+        arguments,
+        (True, True),
+        row_axis=1,
+        result_axis=2,
+    )
+
+
 def norm_of_heads(cell: Cell, dtype: torch.dtype) -> tuple[spellings.Norm, float, str]:
     """The norm of the model with these heads: its spelling, offset and plan."""
     model = next(name for name, heads in MODELS.items() if heads == (*cell.heads, cell.width))
@@ -344,4 +375,5 @@ _SUBJECTS: dict[str, Callable[[Cell], Subject]] = {
     "modulated_rms_norm": _modulated_rms_norm,
     "qk_rms_norm": _qk,
     "qk_rms_norm_rope": _qk,
+    "rope": _rope,
 }
