@@ -334,3 +334,9 @@ def test_the_report_says_what_a_launch_writes_besides():
     inference_graph(Cached(), *inputs(TOKENS), recorder=recorder)
     expected = "its launch also writes 2 of what attention reads into a cache"
     assert {site.lowering_reason for site in recorder.sites} == {expected}
+    recorder = Recorder()
+    inference_graph(Uncached(normed=False), *inputs(TOKENS), recorder=recorder)
+    assert recorder.report().notes[1:] == [
+        "1 `rope` lowered to triton: "
+        "its launch also writes 2 of what attention reads repeated 2 times"
+    ]

@@ -12,6 +12,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_map
 
+from normfuse.ops import ROPE
 from normfuse.ops import lowering as forms
 from normfuse.ops.destinations import Writes
 from normfuse.passes import inductor
@@ -63,13 +64,10 @@ class Lower:
         is_in_order = any(IN_ORDER in node.meta for node, *_ in chosen)
         for node, lowering, reason in chosen:
             counts[lowering] = counts.get(lowering, 0) + 1
-            place = Place.of(node)
             if lowering != "inline" and self.settings.check_interval is not None:
                 add_check(node, self.settings.check_interval)
             copies = copies_behind(node) if lowering == "triton" else None
-            if self.recorder is not None:
-                told = (reason, None if copies is None else copies.sentence)
-                self.recorder.lowered(place, lowering, "; ".join(filter(None, told)) or None)
+            self._note(node, lowering, reason, copies)
             if lowering != "op":
                 _splice(node, lowering, copies, traced)
         if "inline" in counts:
@@ -81,6 +79,17 @@ class Lower:
             write_over_gradients(graph)
         if counts:
             log.info("lowered %s", ", ".join(f"{n} as {name}" for name, n in counts.items()))
+
+    def _note(self, node: Node, lowering: str, reason: str | None, copies: Copies | None) -> None:
+        """Tell the recorder what becomes of an op, and why."""
+        if self.recorder is None:
+            return
+        sentences = (reason, None if copies is None else copies.sentence)
+        why = "; ".join(filter(None, sentences)) or None
+        if node.target is ROPE:
+            self.recorder.lowered_embedding(lowering, why)
+        else:
+            self.recorder.lowered(Place.of(node), lowering, why)
 
     def form_of(self, node: Node) -> tuple[str, str | None]:
         """The form for one op, and why, where that is not what was asked for."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,7 @@ class Recorder:
     before: list[str] = field(default_factory=list)
     after: list[str] = field(default_factory=list)
     num_turned: int = 0
+    embeddings: Counter[tuple[str, str | None]] = field(default_factory=Counter)
     _pending: list[Site] = field(default_factory=list)
     _fused: dict[Place, list[int]] = field(default_factory=lambda: defaultdict(list))
     _is_lowered: bool = False
@@ -117,6 +118,10 @@ class Recorder:
         """A rotary embedding without a norm became part of an op; it is no site."""
         self.num_turned += 1
 
+    def lowered_embedding(self, lowering: str, reason: str | None) -> None:
+        """The form of a `rope`, and why."""
+        self.embeddings[lowering, reason] += 1
+
     def lowered(self, place: Place, lowering: str, reason: str | None) -> None:
         for index in self._fused.get(place, []):
             self.sites[index] = replace(
@@ -129,6 +134,8 @@ class Recorder:
         if self.num_turned:
             what = plural(self.num_turned, "rotary embedding")
             notes.append(f"Beside the norms, {what} that no norm precedes became part of a `rope`.")
+        for (lowering, reason), num in self.embeddings.most_common():
+            notes.append(f"{num} `rope` lowered to {lowering}" + (f": {reason}" if reason else ""))
         return Report(self.sites, "\n\n".join(self.before), "\n\n".join(self.after), notes)
 
     def _settle(self) -> None:

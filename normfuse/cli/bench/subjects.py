@@ -327,7 +327,7 @@ def _rope(cell: Cell) -> Subject:
     rotation = str(Rotation("half", cell.width, dtype, dtype))
 
     def split(*projections: Tensor) -> list[Tensor]:
-        return [x.unflatten(-1, (-1, cell.width)).transpose(1, 2) for x in projections]
+        return [torch.unflatten(x, -1, (-1, cell.width)).transpose(1, 2) for x in projections]
 
     def eager(q: Tensor, k: Tensor, *tables: Tensor) -> tuple[Tensor, ...]:
         return spellings.apply_rotary_pos_emb(*split(q, k), *tables)
