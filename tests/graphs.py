@@ -5,6 +5,7 @@ import copy
 import torch
 from torch._inductor.compile_fx import _recursive_post_grad_passes, compile_fx
 from torch._inductor.virtualized import V
+from torch.fx import GraphModule
 
 from normfuse.backend import patches
 from normfuse.passes import inductor
@@ -88,7 +89,7 @@ def graphs_for_code(model, call, *, recorder=None, **options):
     graphs = []
 
     def inner_compile(inner, fakes, **keywords):
-        runs = copy.deepcopy(inner)
+        runs = GraphModule(inner, copy.deepcopy(inner.graph))
         values = [node.meta.get("val") for node in inner.graph.nodes]
         mode = next(one.fake_mode for one in values if isinstance(one, torch.Tensor))
         with V.set_fake_mode(mode):
