@@ -80,6 +80,14 @@ class Uncached(Attention):
         return self.attend(*self.heads(x, cos, sin))
 
 
+class ReturnsBoth(Uncached):
+    """What a model without a static cache returns for its next step."""
+
+    def forward(self, x, cos, sin):
+        q, k, v = self.heads(x, cos, sin)
+        return self.attend(q, k, v), k, v
+
+
 def inputs(tokens, width=16, device="cpu"):
     """Activations, and tables of angles as of a model of one's own."""
     angles = torch.rand(1, 1, tokens, width // 2, device=device) * 6

@@ -23,6 +23,7 @@ from tests.cached_attention import (
     PLACES,
     Cached,
     CachedAt,
+    ReturnsBoth,
     Uncached,
     inputs,
 )
@@ -76,10 +77,10 @@ def test_a_key_and_its_value_are_written_into_their_caches(tokens, normed):
     graph = inference_graph(Cached(normed=normed), *inputs(tokens))
     operands = launch_of(graph)
     place = f"axis={'none' if tokens == 1 else 'middle'} from=first"
-    assert copied(operands) == [1, place, place]
+    assert copied(operands) == [0, place, place]
     assert puts(graph) == 0
     # The caches themselves and not copies of them; how full they are is read where it is kept.
-    for name in ("y_2_ptr", "y_3_ptr", "position_2_ptr", "position_3_ptr"):
+    for name in ("there_2_ptr", "there_3_ptr", "position_2_ptr", "position_3_ptr"):
         assert operands[name].op == "placeholder", name
     assert count(graph, aten.clone.default) == 2  # whole caches, repeated for attention
     assert count(graph, aten.copy_.default) == 1  # how full they are
@@ -89,7 +90,7 @@ def test_positions_may_be_given():
     rows = torch.tensor([7, 2, 9, 0, 4])
     graph = inference_graph(CachedAt(), *inputs(TOKENS), rows)
     operands = launch_of(graph)
-    assert copied(operands) == [1, *["axis=middle from=each"] * 2]
+    assert copied(operands) == [0, *["axis=middle from=each"] * 2]
     assert puts(graph) == 0
     assert operands["position_2_ptr"].op == "placeholder"
 
@@ -97,15 +98,38 @@ def test_positions_may_be_given():
 @pytest.mark.parametrize("normed", [True, False])
 def test_without_a_cache_both_are_repeated(normed):
     graph = inference_graph(Uncached(normed=normed), *inputs(TOKENS))
-    assert copied(launch_of(graph)) == [1, 2, 2]
+    assert copied(launch_of(graph)) == [0, 2, 2]
     assert count(graph, aten.clone.default) == 0
+
+
+class KeepsKey(Cached):
+    """Somebody else reads the key that goes into a cache."""
+
+    def forward(self, x, cos, sin):
+        q, k, v = self.heads(x, cos, sin)
+        self.keys.index_copy_(2, self.positions(x.shape[1]), k)
+        return self.attend(q, self.keys, v), k
+
+
+@pytest.mark.parametrize(
+    ("model", "where"),
+    [(ReturnsBoth, [0, 2, 2]), (KeepsKey, [0, "axis=middle from=first", None])],
+)
+@pytest.mark.guarantee
+def test_a_result_that_somebody_else_reads_is_kept_and_copied(model, where):
+    graph = inference_graph(model(), *inputs(TOKENS))
+    operands = launch_of(graph)
+    assert copied(operands) == where
+    assert {"y_2_ptr", "there_2_ptr"} <= set(operands)
+    assert ("y_3_ptr" in operands) is False  # the value itself is where it was
+    assert puts(graph) == 0
 
 
 def test_a_cache_of_dynamic_tokens_is_written():
     model = Cached()
     graph = inference_graph(model, *inputs(TOKENS), dynamic=True)
     assert puts(graph) == 0
-    assert copied(launch_of(graph)) == [1, *["axis=middle from=first"] * 2]
+    assert copied(launch_of(graph)) == [0, *["axis=middle from=first"] * 2]
 
 
 class ReadsBefore(Cached):
@@ -114,15 +138,6 @@ class ReadsBefore(Cached):
     def forward(self, x, cos, sin):
         before = self.keys.sum()
         return super().forward(x, cos, sin), before
-
-
-class ReturnsKey(Cached):
-    """Somebody else reads the key."""
-
-    def forward(self, x, cos, sin):
-        q, k, v = self.heads(x, cos, sin)
-        self.keys.index_copy_(2, self.positions(x.shape[1]), k)
-        return self.attend(q, self.keys, v), k
 
 
 class Adds(Cached):
@@ -160,14 +175,14 @@ class Computed(CachedAt):
         return super().forward(x, cos, sin, rows * 2)
 
 
-@pytest.mark.parametrize("model", [ReadsBefore, ReturnsKey, Adds, FreshCache, Scattered, Computed])
+@pytest.mark.parametrize("model", [ReadsBefore, Adds, FreshCache, Scattered, Computed])
 @pytest.mark.guarantee
 def test_what_a_launch_cannot_write_stays_as_it_was(model):
     values = inputs(TOKENS)
     if model is Computed:
         values = *values, torch.tensor([3, 2, 4, 0, 1])
     graph = inference_graph(model(), *values)
-    assert copied(launch_of(graph)) == [1, 1, None]
+    assert copied(launch_of(graph)) == [0, 0, None]
     assert puts(graph) == (2 if model in (ReadsBefore, Computed) else 1)
 
 
@@ -181,7 +196,7 @@ class Biased(Cached):
 
 def test_a_value_that_is_not_in_memory_does_not_join():
     graph = inference_graph(Biased(), *inputs(TOKENS))
-    assert copied(launch_of(graph)) == [1, "axis=middle from=first", None]
+    assert copied(launch_of(graph)) == [0, "axis=middle from=first", None]
     assert puts(graph) == 1
 
 
@@ -200,14 +215,14 @@ class OfTheQuery(Cached):
 
 def test_a_value_that_waits_for_the_launch_does_not_join():
     graph = inference_graph(OfTheQuery(), *inputs(TOKENS))
-    assert copied(launch_of(graph)) == [1, "axis=middle from=first", None]
+    assert copied(launch_of(graph)) == [0, "axis=middle from=first", None]
     assert puts(graph) == 1
 
 
 def test_what_is_repeated_more_often_than_was_measured_is_copied_by_others(monkeypatch):
     monkeypatch.setattr(destinations, "MAX_COPIES", 1)
     graph = inference_graph(Uncached(), *inputs(TOKENS))
-    assert copied(launch_of(graph)) == [1, 1, None]
+    assert copied(launch_of(graph)) == [0, 0, None]
 
 
 def test_positions_on_another_device_are_no_operand():
@@ -236,7 +251,9 @@ def test_layers_that_share_positions_write_their_own_caches():
     graph = inference_graph(TwoLayers(), *inputs(TOKENS), torch.arange(TOKENS))
     target = torch.ops.higher_order.triton_kernel_wrapper_mutation
     launches = graph.find_nodes(op="call_function", target=target)
-    written = [node.kwargs["kwargs"][f"y_{number}_ptr"] for node in launches for number in (2, 3)]
+    written = [
+        node.kwargs["kwargs"][f"there_{number}_ptr"] for node in launches for number in (2, 3)
+    ]
     assert puts(graph) == 0
     assert len(set(written)) == 4
     assert {node.op for node in written} == {"placeholder"}

@@ -16,7 +16,7 @@ class Layout(NamedTuple):
     """Where the rows of a result (..., N) lie in memory.
 
     Attributes:
-        memory: what is written to, and what the launch returns for the result.
+        memory: what is written to, and what the launch returns.
         strides: of the leading axes of the result; 0 for the axis that is placed.
         axis: the leading axis whose rows go where `positions` says; None if every row has a place.
         places: how many there are along that axis.
@@ -47,6 +47,7 @@ class Cached(NamedTuple):
         dims: how the result is permuted, its columns last.
         axis: of the cache, where the positions are.
         counts_up: whether `positions` is that of the first row, and the others follow it.
+        kept: whether the result is wanted in memory of its own, too.
     """
 
     memory: Any
@@ -54,6 +55,7 @@ class Cached(NamedTuple):
     dims: tuple[int, ...]
     axis: int
     counts_up: bool
+    kept: bool = False
 
     def layout(self, x: torch.Tensor, dtype: torch.dtype) -> Layout:
         """Where the rows of a result as large as x lie; `dtype` is that of the cache."""
@@ -73,11 +75,13 @@ class Repeated(NamedTuple):
         dims: how the result is permuted, its columns last.
         axis: the new one.
         copies: its size.
+        kept: whether the result is wanted in memory of its own, too.
     """
 
     dims: tuple[int, ...]
     axis: int
     copies: int
+    kept: bool = False
 
     def layout(self, x: torch.Tensor, dtype: torch.dtype) -> Layout:
         """Where the rows of a result of type `dtype` that is as large as x lie."""
@@ -96,6 +100,8 @@ Destination = Cached | Repeated
 
 class Writes(NamedTuple):
     """What a launch writes elsewhere than into memory of its own.
+
+    It returns the memory of each behind the results of the op, in this order.
 
     Attributes:
         results: for each result of the op its destination, or None.

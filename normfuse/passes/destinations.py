@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -84,15 +84,19 @@ class Copies:
         )
 
     def replaced(self, num_results: int) -> dict[int, Node]:
-        """For each result of the launch that is written elsewhere the node that it replaces."""
-        others = enumerate((copy.replaced for _, copy in self.others), start=num_results)
-        return {number: copy.replaced for number, copy in self.results.items()} | dict(others)
+        """What the memory that the launch returns behind so many results stands for."""
+        return dict(enumerate((copy.replaced for copy in self._all), start=num_results))
+
+    def is_kept(self, number: int) -> bool:
+        """Whether a result of the op has memory of its own."""
+        return number not in self.results or self.results[number].destination.kept
 
 
 def _word(destination: Destination) -> str:
+    where = "into a cache"
     if isinstance(destination, Repeated):
-        return f"repeated {destination.copies} times"
-    return "into a cache"
+        where = f"repeated {destination.copies} times"
+    return f"{where}, and kept" if destination.kept else where
 
 
 def copies_behind(op: Node) -> Copies | None:
@@ -137,19 +141,32 @@ def needed_before(op: Node, copies: Copies) -> list[Node] | None:
 
 
 def _copy(value: Node) -> Copy | None:
-    """What copies a value, if nothing else reads it."""
-    nodes = []
+    """What copies a value: the only reader, or one of several, so that the value is kept, too."""
+    nodes: list[Node] = []
     dims = list(range(value.meta["val"].dim()))
-    while (user := _only_user(value)) is not None and user.target is aten.permute.default:
-        dims = [dims[dim] for dim in user.args[1]]  # type: ignore[union-attr, index]
-        nodes.append(user)
-        value = user
-    if user is None or dims[-1] != len(dims) - 1:
+    kept = False
+    while True:
+        kept |= len(value.users) > 1
+        for user in value.users:
+            copy = _copied_by(user, value, tuple(dims), nodes)
+            if copy is not None:
+                destination = copy.destination._replace(kept=kept)
+                return replace(copy, destination=destination)
+        moved = [user for user in value.users if user.target is aten.permute.default]
+        if len(moved) != 1:
+            return None
+        (value,) = moved
+        dims = [dims[dim] for dim in value.args[1]]  # type: ignore[union-attr, index]
+        nodes.append(value)
+
+
+def _copied_by(user: Node, value: Node, dims: tuple[int, ...], nodes: list[Node]) -> Copy | None:
+    if dims[-1] != len(dims) - 1:
         return None
     if user.target is aten.index_put.default:
-        return _into_cache(user, value, tuple(dims), nodes)
+        return _into_cache(user, value, dims, nodes)
     if user.target is aten.unsqueeze.default:
-        return _repeated(user, tuple(dims), nodes)
+        return _repeated(user, dims, nodes)
     return None
 
 
@@ -277,8 +294,13 @@ def _copied_alike(copy: Copy) -> Iterator[tuple[Node, Copy]]:
             if unsqueeze.target is aten.unsqueeze.default:
                 source = unsqueeze.args[0]
                 found = _repeated(unsqueeze, tuple(range(source.meta["val"].dim())), [])
-                if found is not None and found.destination == copy.destination:
+                if found is not None and _are_alike(found, copy):
                     yield source, found
+
+
+def _are_alike(one: Copy, other: Copy) -> bool:
+    """Whether two copies do the same, of whatever is kept."""
+    return one.destination._replace(kept=False) == other.destination._replace(kept=False)
 
 
 def _operand_of(node: Node | None) -> Node | None:

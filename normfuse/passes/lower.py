@@ -120,15 +120,13 @@ def foreign_device(node: Node) -> str | None:
 def _splice(node: Node, lowering: str, copies: Copies | None, traced: dict[Any, Form]) -> None:
     num = len(node.meta["val"])
     writes = None if copies is None else copies.writes(num)
-    used = [
-        any(user.args[1] == number and user.users for user in node.users) for number in range(num)
-    ]
     replaced = {cast(int, user.args[1]): user for user in node.users if user.users}
-    if copies is not None and writes is not None:
-        used += [True] * len(writes.others)
+    if copies is not None:
+        replaced = {number: user for number, user in replaced.items() if copies.is_kept(number)}
         replaced |= copies.replaced(num)
         for needed in needed_before(node, copies) or ():
             node.prepend(needed)
+    used = [number in replaced for number in range(max([num - 1, *replaced]) + 1)]
     key = (node.target, lowering, *used, str(tree_map(_signature, (node.args, writes))))
     if key not in traced:
         traced[key] = _form(node, lowering, tuple(used), writes)

@@ -73,7 +73,8 @@ def test_keys_and_values_go_into_caches(layout, tokens, num_keys, memory, counts
     writes = Writes((None, into[0], None, None), ((v, into[1]),))
     found = launched(launch, q, k, weights, tables, turn, writes)
     torch.testing.assert_close(found[0], expected[0], rtol=0, atol=0)
-    for result, cache, right in zip((found[1], found[4]), caches, wanted, strict=True):
+    assert found[1:4] == [None] * 3
+    for result, cache, right in zip(found[4:], caches, wanted, strict=True):
         torch.testing.assert_close(cache, right, rtol=0, atol=0)
         torch.testing.assert_close(result, right, rtol=0, atol=0)
 
@@ -114,10 +115,31 @@ def test_keys_and_values_are_repeated(memory, width, dim, launch):
     writes = Writes((None, repeated, None, None), ((v, repeated),))
     found = launched(launch, q, k, weights, tables, turn, writes)
     torch.testing.assert_close(found[0], expected[0], rtol=0, atol=0)
-    for result, one in zip((found[1], found[4]), (expected[1], v), strict=True):
+    for result, one in zip(found[4:], (expected[1], v), strict=True):
         assert result.is_contiguous()
         copies = one[:, :, None].expand(-1, -1, 3, -1, -1)
         torch.testing.assert_close(result, copies, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("memory", IN_MEMORY)
+@pytest.mark.guarantee
+def test_what_is_copied_may_be_kept(memory, launch):
+    q, k, v, weights, tables = operands(5, 16, memory)
+    turn = "half 16 in=bf16 out=bf16"
+    expected = qk_rms_norm_rope_reference([q, k], weights, *tables, *norms(turn))
+    cache = cache_of(q)
+    wanted = put(cache, 2, torch.arange(3, 8), expected[0])
+    cached = Cached(cache, torch.tensor(3), (0, 1, 2, 3), 2, counts_up=True, kept=True)
+    repeated = Repeated((0, 1, 2, 3), 2, 3, kept=True)
+    writes = Writes((cached, repeated, None, None), ((v, repeated._replace(kept=False)),))
+    found = launched(launch, q, k, weights, tables, turn, writes)
+    copies = [one[:, :, None].expand(-1, -1, 3, -1, -1) for one in (expected[1], v)]
+    assert found[2:4] == [None, None]
+    for result, right in zip(
+        [*found[:2], *found[4:]], [*expected[:2], wanted, *copies], strict=True
+    ):
+        torch.testing.assert_close(result, right, rtol=0, atol=0)
+    assert [one.stride() for one in found[:2]] == [one.stride() for one in expected[:2]]
 
 
 def test_rows_of_several_groups_find_their_places(launch):
@@ -134,7 +156,8 @@ def test_rows_of_several_groups_find_their_places(launch):
     into = [Cached(cache, rows, (0, 1, 2, 3), 2, False) for cache in caches]
     writes = Writes((None, into[0]), ((v, into[1]),))
     found = launch("rope", [q, k], *tables, [turn] * 2, writes=writes, tile=tile)
-    for result, right in zip(found, (plain[0], *wanted), strict=True):
+    assert found[1] is None
+    for result, right in zip([found[0], *found[2:]], (plain[0], *wanted), strict=True):
         torch.testing.assert_close(result, right, rtol=0, atol=0)
 
 

@@ -173,8 +173,8 @@ def head_rows(
     num_rows, size_middle, size_inner,
     stride_x_outer, stride_x_middle, stride_x_inner,
     stride_table_outer, stride_table_middle, stride_table_inner, stride_next,
-    position_ptr, stride_position, size_place, stride_place,
-    stride_y_outer, stride_y_middle, stride_y_inner, stride_y_next, stride_copy,
+    there_ptr, position_ptr, stride_position, size_place, stride_place,
+    stride_there_outer, stride_there_middle, stride_there_inner, stride_there_next, stride_copy,
     stride_table,
     N: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
     DIM: tl.constexpr, COLS: tl.constexpr,
@@ -185,8 +185,8 @@ def head_rows(
     """GROUPS times ROWS rows of one tensor. DIM columns from START on turn; PLAN "" is no norm.
 
     Where there are several groups, `stride_next` leads from any row to the next, and all turn by
-    the same angles. PAIRS and OTHERS are tile widths. Results lie one after the other, or where the
-    strides of y and a PLACE say, each of them COPIES times.
+    the same angles. PAIRS and OTHERS are tile widths. Results lie one after the other; COPIES of
+    each are written `there`, where its strides and a PLACE say. Either may be None.
     """
     row = tile.to(tl.int64) * (ROWS * GROUPS) + tl.arange(0, ROWS)[:, None]
     is_row = row < num_rows
@@ -195,10 +195,11 @@ def head_rows(
     inner = row % size_inner
     x_ptr += outer * stride_x_outer + middle * stride_x_middle + inner * stride_x_inner
     stored = is_row
-    if stride_y_outer is None:
+    if y_ptr is not None:
         y_ptr += row * N
-    else:
-        y_ptr += outer * stride_y_outer + middle * stride_y_middle + inner * stride_y_inner
+    if there_ptr is not None:
+        there_ptr += outer * stride_there_outer + middle * stride_there_middle
+        there_ptr += inner * stride_there_inner
     if PLACE != "":
         number = _along_axis(outer, middle, inner, PLACE)
         # Asked for first, needed last. Here, since torch takes an operand of a function for one
@@ -226,24 +227,31 @@ def head_rows(
     PASSED: tl.constexpr = 2 if DIM > 0 else 0  # which piece does not turn
     if PLACE != "":
         place, stored = _place(position, number, size_place, is_row, PLACE)
-        y_ptr += place * stride_place
+        there_ptr += place * stride_place
     for group in tl.static_range(GROUPS):
         root = _root(xs[group], N, ROWS, DIM, EPS, PLAN)
-        rows_ptr = y_ptr + group * ROWS * (N if stride_y_next is None else stride_y_next)
+        if y_ptr is not None:
+            rows_ptr = y_ptr + group * ROWS * N
+        if there_ptr is not None:
+            there = there_ptr + group * ROWS * stride_there_next
         if DIM > 0:
             a, b = xs[group][0], xs[group][1]
             first = rounded(_normed(a, root, _piece(weights, 0), OFFSET, PLAN), step(TURN, "in"))
             second = rounded(_normed(b, root, _piece(weights, 1), OFFSET, PLAN), step(TURN, "in"))
             y_a = _turned(first, cos_a, second, sin_a, -1.0, TURN)
             y_b = _turned(second, cos_b, first, sin_b, 1.0, TURN)
+            if y_ptr is not None:
+                _store_pairs(rows_ptr + START, y_a, y_b, is_row, ROWS, DIM, PAIRS, TURN)
             for copy in tl.static_range(COPIES):
-                copy_ptr = rows_ptr + START if copy == 0 else rows_ptr + START + copy * stride_copy
+                copy_ptr = there + START if copy == 0 else there + START + copy * stride_copy
                 _store_pairs(copy_ptr, y_a, y_b, stored, ROWS, DIM, PAIRS, TURN)
         if DIM < N:
             y = _normed(xs[group][PASSED], root, _piece(weights, PASSED), OFFSET, PLAN)
             cols = _other_columns(DIM, START, OTHERS)
+            if y_ptr is not None:
+                tl.store(rows_ptr + cols, y, mask=is_row & (cols < N))
             for copy in tl.static_range(COPIES):
-                copy_ptr = rows_ptr if copy == 0 else rows_ptr + copy * stride_copy
+                copy_ptr = there if copy == 0 else there + copy * stride_copy
                 tl.store(copy_ptr + cols, y, mask=stored & (cols < N))
         if PLAN != "":
             store_inverse_root(rstd_ptr, root, row + group * ROWS, num_rows, PLAN)

@@ -50,18 +50,21 @@ def qk_rms_norm_rope_kernel(
     x_1_ptr, weight_1_ptr, y_1_ptr, rstd_1_ptr, num_rows_1, size_middle_1, size_inner_1,
     stride_x_outer_1, stride_x_middle_1, stride_x_inner_1,
     stride_table_outer_1, stride_table_middle_1, stride_table_inner_1, stride_next_1,
-    position_1_ptr, stride_position_1, size_place_1, stride_place_1,
-    stride_y_outer_1, stride_y_middle_1, stride_y_inner_1, stride_y_next_1, stride_copy_1,
+    there_1_ptr, position_1_ptr, stride_position_1, size_place_1, stride_place_1,
+    stride_there_outer_1, stride_there_middle_1, stride_there_inner_1,
+    stride_there_next_1, stride_copy_1,
     x_2_ptr, weight_2_ptr, y_2_ptr, rstd_2_ptr, num_rows_2, size_middle_2, size_inner_2,
     stride_x_outer_2, stride_x_middle_2, stride_x_inner_2,
     stride_table_outer_2, stride_table_middle_2, stride_table_inner_2, stride_next_2,
-    position_2_ptr, stride_position_2, size_place_2, stride_place_2,
-    stride_y_outer_2, stride_y_middle_2, stride_y_inner_2, stride_y_next_2, stride_copy_2,
+    there_2_ptr, position_2_ptr, stride_position_2, size_place_2, stride_place_2,
+    stride_there_outer_2, stride_there_middle_2, stride_there_inner_2,
+    stride_there_next_2, stride_copy_2,
     x_3_ptr, weight_3_ptr, y_3_ptr, rstd_3_ptr, num_rows_3, size_middle_3, size_inner_3,
     stride_x_outer_3, stride_x_middle_3, stride_x_inner_3,
     stride_table_outer_3, stride_table_middle_3, stride_table_inner_3, stride_next_3,
-    position_3_ptr, stride_position_3, size_place_3, stride_place_3,
-    stride_y_outer_3, stride_y_middle_3, stride_y_inner_3, stride_y_next_3, stride_copy_3,
+    there_3_ptr, position_3_ptr, stride_position_3, size_place_3, stride_place_3,
+    stride_there_outer_3, stride_there_middle_3, stride_there_inner_3,
+    stride_there_next_3, stride_copy_3,
     COLS: tl.constexpr,
     N_1: tl.constexpr, ROWS_1: tl.constexpr, GROUPS_1: tl.constexpr,
     DIM_1: tl.constexpr, START_1: tl.constexpr,
@@ -90,9 +93,9 @@ def qk_rms_norm_rope_kernel(
             stride_x_outer_1, stride_x_middle_1, stride_x_inner_1,
             stride_table_outer_1, stride_table_middle_1, stride_table_inner_1,
             stride_next_1,
-            position_1_ptr, stride_position_1, size_place_1, stride_place_1,
-            stride_y_outer_1, stride_y_middle_1, stride_y_inner_1, stride_y_next_1,
-            stride_copy_1, stride_table,
+            there_1_ptr, position_1_ptr, stride_position_1, size_place_1, stride_place_1,
+            stride_there_outer_1, stride_there_middle_1, stride_there_inner_1,
+            stride_there_next_1, stride_copy_1, stride_table,
             N_1, ROWS_1, GROUPS_1, DIM_1, COLS, START_1, PAIRS_1, OTHERS_1, TURN_1,
             EPS_1, OFFSET_1, PLAN_1, PLACE_1, COPIES_1,
         )  # fmt: skip
@@ -104,9 +107,9 @@ def qk_rms_norm_rope_kernel(
                 stride_x_outer_2, stride_x_middle_2, stride_x_inner_2,
                 stride_table_outer_2, stride_table_middle_2, stride_table_inner_2,
                 stride_next_2,
-                position_2_ptr, stride_position_2, size_place_2, stride_place_2,
-                stride_y_outer_2, stride_y_middle_2, stride_y_inner_2, stride_y_next_2,
-                stride_copy_2, stride_table,
+                there_2_ptr, position_2_ptr, stride_position_2, size_place_2, stride_place_2,
+                stride_there_outer_2, stride_there_middle_2, stride_there_inner_2,
+                stride_there_next_2, stride_copy_2, stride_table,
                 N_2, ROWS_2, GROUPS_2, DIM_2, COLS, START_2, PAIRS_2, OTHERS_2, TURN_2,
                 EPS_2, OFFSET_2, PLAN_2, PLACE_2, COPIES_2,
             )  # fmt: skip
@@ -118,9 +121,9 @@ def qk_rms_norm_rope_kernel(
                 stride_x_outer_3, stride_x_middle_3, stride_x_inner_3,
                 stride_table_outer_3, stride_table_middle_3, stride_table_inner_3,
                 stride_next_3,
-                position_3_ptr, stride_position_3, size_place_3, stride_place_3,
-                stride_y_outer_3, stride_y_middle_3, stride_y_inner_3, stride_y_next_3,
-                stride_copy_3, stride_table,
+                there_3_ptr, position_3_ptr, stride_position_3, size_place_3, stride_place_3,
+                stride_there_outer_3, stride_there_middle_3, stride_there_inner_3,
+                stride_there_next_3, stride_copy_3, stride_table,
                 N_3, ROWS_3, GROUPS_3, DIM_3, COLS, START_3, PAIRS_3, OTHERS_3, TURN_3,
                 EPS_3, OFFSET_3, PLAN_3, PLACE_3, COPIES_3,
             )  # fmt: skip
@@ -154,7 +157,7 @@ def launch(
         rotations: how the norms turn, None where one does not.
         stores: for each of the 2 n results, whether it is wanted; else it is None. Every norm that
             has an rstd wanted is computed.
-        writes: what is written elsewhere; what else joins the launch follows the results.
+        writes: what is written elsewhere, too; the memory of it follows the others.
         tile: by default the one for these widths and types.
         wrap: how a compiler sees the launch; `torch.library.wrap_triton`.
     """
@@ -169,7 +172,7 @@ def launch(
     ]
     slots = launch_heads(heads, cos, sin, writes, tile, wrap)
     rstds = [slot.rstd for slot in slots[:num]]
-    return [slot.finished() for slot in slots[:num]] + rstds + [one.y for one in slots[num:]]
+    return [slot.finished() for slot in slots[:num]] + rstds + written(slots)
 
 
 class Heads(NamedTuple):
@@ -209,6 +212,11 @@ def launch_heads(
     if filled:
         _launch_slots(filled, tables, heads[0].x, tile, wrap)
     return slots
+
+
+def written(slots: Sequence[Slot]) -> list[torch.Tensor | None]:
+    """The memory of what a launch wrote elsewhere."""
+    return [slot.there for slot in slots if slot.there is not None]
 
 
 def _launch_slots(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from normfuse.ops.kernels.qk_rms_norm_rope import Heads, launch_heads
+from normfuse.ops.kernels.qk_rms_norm_rope import Heads, launch_heads, written
 from normfuse.ops.kernels.slots import HeadsLaunch
 from normfuse.ops.kernels.tile import eager
 
@@ -38,10 +38,11 @@ def launch(
         cos: broadcasts against every x.
         sin: the same.
         rotations: how they turn.
-        writes: what is written elsewhere; what else joins the launch follows the results.
+        writes: what is written elsewhere, too; the memory of it follows the others.
         tile: by default the one for these widths.
         wrap: how a compiler sees the launch; `torch.library.wrap_triton`.
     """
     tile = tile or HeadsLaunch.for_slots(xs, rotations, ())
     heads = [Heads(x, None, None, turn) for x, turn in zip(xs, rotations, strict=True)]
-    return [slot.finished() for slot in launch_heads(heads, cos, sin, writes, tile, wrap)]
+    slots = launch_heads(heads, cos, sin, writes, tile, wrap)
+    return [slot.finished() for slot in slots[: len(xs)]] + written(slots)

@@ -185,16 +185,16 @@ def addressed_with(
     x: torch.Tensor,
     table: torch.Tensor | None,
     order: tuple[int, ...],
-    result: torch.Tensor,
+    result: torch.Tensor | None,
     layout: Layout | None = None,
 ) -> tuple[torch.Tensor, SharedRowStrides, Neighbours, ResultStrides | None]:
     """`x` of at most 4 dimensions and where its rows begin, also in a table that broadcasts to it.
 
-    x is copied, laid out as `result`, where its elements do not lie side by side. A `layout` says
-    where the rows of the result lie, if not one after the other.
+    x is copied, laid out as `result` if there is one, where its elements do not lie side by side. A
+    `layout` says where rows are written besides.
     """
     if not _has_unit_stride(x):
-        x = torch.empty_like(result, dtype=x.dtype).copy_(x)
+        x = x.contiguous() if result is None else torch.empty_like(result, dtype=x.dtype).copy_(x)
     steps = [0] * x.dim() if table is None else _broadcast_strides(table, x.dim())
     # A level that is placed, where the strides of a result are 0, merges with no other.
     places = [0] * x.dim() if layout is None else layout.strides

@@ -39,8 +39,9 @@ class Slot:
     """One tensor of a launch: its arguments and constants, in the kernel's order.
 
     Attributes:
-        y: the result.
+        y: the result, or None if it is only written elsewhere.
         rows: y itself, or rows in order that are copied into it where y's do not lie in order.
+        there: where the result is written besides, or instead.
         rstd: (..., 1), or None if nobody wants it.
         arguments: pointers, sizes and strides.
         constants: without the slot's number.
@@ -49,6 +50,7 @@ class Slot:
 
     y: torch.Tensor | None
     rows: torch.Tensor | None
+    there: torch.Tensor | None
     rstd: torch.Tensor | None
     arguments: tuple[Any, ...]
     constants: dict[str, Any]
@@ -69,18 +71,18 @@ class Slot:
     ) -> Slot:
         """The slot of x (..., N).
 
-        `norm` is (eps, offset, plan), None where x only turns, or is only copied; a result that
-        has a destination has no rstd.
+        `norm` is (eps, offset, plan), None where x only turns, or is only copied; a result that is
+        only written elsewhere has no rstd.
         """
         out = rotation.out if rotation is not None else norm[-1].out if norm else x.dtype
         layout = None if destination is None else destination.layout(x, out)
-        if layout is None:
+        if destination is None or destination.kept:
             y, rows, rstd, order = _results(x, norm, rotation, out, store_rstd)
         else:
-            assert not store_rstd, "a result that is written elsewhere has no rstd"
-            y, rows, rstd, order = layout.memory, layout.memory, None, _order_of(x)
+            assert not store_rstd, "a result that is only written elsewhere has no rstd"
+            y, rows, rstd, order = None, None, None, _order_of(x)
         table = tables[0] if tables is not None and rotation is not None else None
-        x, strides, neighbours, of_y = addressed_with(x, table, order, rows, layout)
+        x, strides, neighbours, there = addressed_with(x, table, order, rows, layout)
         widths = _widths(x.shape[-1], rotation)
         num_rows_tile = max(1, tile.elements // widths["tile"])
         groups = tile.groups_of(num_rows_tile, num_rows(x), neighbours)
@@ -92,12 +94,14 @@ class Slot:
             **{name: width for name, width in widths.items() if name != "tile"},
             "TURN": turn,
             **_norm_constants(norm),
-            **_place_constants(layout, of_y),
+            **_place_constants(layout, there),
         }
         arguments = (x, as_vector(weight), rows, rstd, num_rows(x), *strides, neighbours.stride)
         num_rows_program = num_rows_tile * groups
         num_tiles = (num_rows(x) + num_rows_program - 1) // num_rows_program
-        return cls(y, rows, rstd, arguments + _place(layout, of_y), constants, num_tiles)
+        memory = None if layout is None else layout.memory
+        arguments += _place(layout, there)
+        return cls(y, rows, memory, rstd, arguments, constants, num_tiles)
 
     def finished(self) -> torch.Tensor | None:
         """The result, once the kernel is launched."""
@@ -137,23 +141,24 @@ def _order_of(x: torch.Tensor) -> tuple[int, ...]:
     return tuple(range(x.dim() - 1)) if order is None else order
 
 
-def _place(layout: Layout | None, of_y: ResultStrides | None) -> tuple[Any, ...]:
-    """Positions, and the strides of a result; None where its rows lie one after the other."""
-    if layout is None or of_y is None:
-        return (None,) * 9
+def _place(layout: Layout | None, there: ResultStrides | None) -> tuple[Any, ...]:
+    """Where rows are written besides: memory, positions and strides; None if they are not."""
+    if layout is None or there is None:
+        return (None,) * 10
     placed: tuple[Any, ...] = (None,) * 4
     if layout.positions is not None:
         stride = 0 if layout.counts_up else layout.positions.stride(0)
         placed = (layout.positions, stride, layout.places, layout.stride)
-    return (*placed, of_y.outer, of_y.middle, of_y.inner, of_y.next, layout.copy_stride)
+    strides = there.outer, there.middle, there.inner, there.next, layout.copy_stride
+    return (layout.memory, *placed, *strides)
 
 
-def _place_constants(layout: Layout | None, of_y: ResultStrides | None) -> dict[str, Any]:
-    if layout is None or of_y is None:
-        return {"PLACE": "", "COPIES": 1}
+def _place_constants(layout: Layout | None, there: ResultStrides | None) -> dict[str, Any]:
+    if layout is None or there is None:
+        return {"PLACE": "", "COPIES": 0}
     place = ""
     if layout.positions is not None:
-        place = text({"axis": of_y.level, "from": "first" if layout.counts_up else "each"})
+        place = text({"axis": there.level, "from": "first" if layout.counts_up else "each"})
     return {"PLACE": place, "COPIES": layout.copies}
 
 
@@ -168,7 +173,8 @@ NO_SLOT = Slot(
     None,
     None,
     None,
-    (None,) * 4 + (0, 1, 1) + (0,) * 7 + (None,) * 9,
+    None,
+    (None,) * 4 + (0, 1, 1) + (0,) * 7 + (None,) * 10,
     {
         "N": 0,
         "ROWS": 1,
