@@ -5,17 +5,10 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch._higher_order_ops.triton_kernel_wrap import (
-    kernel_side_table,
-    triton_kernel_wrapper_mutation,
-)
-from torch._inductor.compile_fx import _recursive_post_grad_passes, compile_fx
-from torch._inductor.virtualized import V
 
-from normfuse.backend import patches
 from normfuse.passes import memory
 from tests.blocks import BranchBetweenNorms, GemmaRMSNorm
-from tests.kernels import interpreted
+from tests.kernels import compiled
 from tests.rotary import BATCH, TOKENS, WIDTH
 from tests.test_memory import Turning
 
@@ -47,54 +40,11 @@ MODELS = {
 }
 
 
-class Step(torch.fx.Interpreter):
-    """Runs a graph after all passes, its launches in the process that interprets kernels."""
-
-    def __init__(self, graph_module, interpreter, launched):
-        super().__init__(graph_module)
-        self.interpreter, self.launched = interpreter, launched
-
-    def call_function(self, target, args, kwargs):
-        if target is not triton_kernel_wrapper_mutation:
-            return super().call_function(target, args, kwargs)
-        kernel = kernel_side_table.get_kernel(kwargs["kernel_idx"])
-        function = getattr(kernel, "fn", kernel).fn
-        constants = kernel_side_table.get_constant_args(kwargs["constant_args_idx"])
-        launch = function.__module__, function.__name__, tuple(kwargs["grid"][0])
-        self.launched.append(function.__name__)
-        arguments = {
-            # Assembly, which only a GPU runs, is another spelling of the same roundings.
-            name: value.replace("cuda", "none") if isinstance(value, str) else value
-            for name, value in {**kwargs["kwargs"], **constants}.items()
-        }
-        return self.interpreter.submit(interpreted.run, *launch, arguments).result()
-
-
 def gradients(model, x, interpreter):
     """Of all parameters after one step, and the kernels that were launched."""
     launched = []
-
-    def inner_compile(inner, values, **keywords):
-        mode = next(node.meta["val"].fake_mode for node in inner.graph.nodes)
-        with V.set_fake_mode(mode):
-            _recursive_post_grad_passes(inner, is_inference=False)
-
-        def run(arguments):
-            values = [value.detach() for value in arguments]
-            arguments.clear()
-            return Step(inner, interpreter, launched).run(*values)
-
-        run._boxed_call = True
-        return run
-
-    ours = {**patches(None, {"normfuse.lowering": "triton"}), "force_disable_caches": True}
-
-    def backend(graph_module, values):
-        return compile_fx(
-            graph_module, list(values), inner_compile=inner_compile, config_patches=ours
-        )
-
     torch._dynamo.reset()
+    backend = compiled.backend(interpreter, launched)
     step(torch.compile(model, backend=backend, dynamic=False), x)
     return [parameter.grad for parameter in model.parameters()], launched
 
