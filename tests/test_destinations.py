@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.functional import scaled_dot_product_attention
 
 from normfuse import tuning
 from normfuse.cli import sites
@@ -125,6 +126,30 @@ def test_a_result_that_somebody_else_reads_is_kept_and_copied(model, where):
     assert puts(graph) == 0
 
 
+class Interleaved(Uncached):
+    """Heads repeated while tokens lie outside, as in models that transpose afterwards."""
+
+    def attend(self, q, k, v):
+        copies = HEADS // self.key_heads
+        k, v = (x.transpose(1, 2).repeat_interleave(copies, dim=2).transpose(1, 2) for x in (k, v))
+        return scaled_dot_product_attention(q, k, v)
+
+
+class ByProducts(Uncached):
+    """Attention spelled out: key and value have readers of their own."""
+
+    def attend(self, q, k, v):
+        copies = HEADS // self.key_heads
+        k, v = (x.repeat_interleave(copies, dim=1) for x in (k, v))
+        return torch.softmax(q @ k.transpose(2, 3) / 4, dim=-1) @ v
+
+
+@pytest.mark.parametrize("model", [Interleaved, ByProducts])
+def test_heads_are_repeated_in_every_spelling(model):
+    graph = inference_graph(model(), *inputs(TOKENS))
+    assert copied(launch_of(graph)) == [0, 2, 2]
+
+
 def test_a_cache_of_dynamic_tokens_is_written():
     model = Cached()
     graph = inference_graph(model, *inputs(TOKENS), dynamic=True)
@@ -231,6 +256,24 @@ def test_positions_on_another_device_are_no_operand():
     rows = next(node for node in site.graph.nodes if node.meta["val"].dtype == torch.int64)
     rows.meta["val"] = torch.zeros(1, dtype=torch.int64, device="meta")
     assert copies_behind(site) is None
+
+
+class AfterAnother(Uncached):
+    """Two attentions: only the value of the first could join, and only the key of the second."""
+
+    def forward(self, x, cos, sin):
+        q, k, v = self.heads(x, cos, sin)
+        first = self.attend(q.sigmoid(), k.sigmoid(), v).transpose(1, 2).flatten(2)
+        q, k, v = self.heads(x + first[..., :32], cos, sin)
+        return self.attend(q, k, v.sigmoid())
+
+
+def test_what_was_read_before_does_not_join():
+    graph = inference_graph(AfterAnother(), *inputs(TOKENS))
+    graph.lint()
+    target = torch.ops.higher_order.triton_kernel_wrapper_mutation
+    launches = graph.find_nodes(op="call_function", target=target)
+    assert [copied(node.kwargs["kwargs"]) for node in launches] == [[0, 0, None], [0, 2, None]]
 
 
 class TwoLayers(nn.Module):

@@ -24,6 +24,7 @@ from normfuse.passes import memory
 aten = torch.ops.aten
 
 _OPS = (QK_RMS_NORM, QK_RMS_NORM_ROPE, ROPE)
+MAX_DISTANCE = 100  # nodes between the copies of a key and of its value
 MAX_COPIES = 16  # of each row, the most that was measured; they are unrolled
 
 
@@ -275,7 +276,7 @@ def _siblings(op: Node, copies: list[Copy]) -> tuple[tuple[Node, Copy], ...]:
 
 
 def _copied_alike(copy: Copy) -> Iterator[tuple[Node, Copy]]:
-    """What is put into another cache at the same positions, or repeated for the same reader."""
+    """What is put into another cache at the same positions, or repeated as often near by."""
     if isinstance(copy.destination, Cached):
         index: Any = next(one for one in copy.replaced.args[1] if one is not None)  # type: ignore[union-attr]
         puts = [user for user in index.users if user.target is aten.index_put.default]
@@ -286,21 +287,34 @@ def _copied_alike(copy: Copy) -> Iterator[tuple[Node, Copy]]:
             if found is not None:
                 yield source, found
         return
-    for reader in _readers(copy.replaced):
-        for clone in map(_unshaped, reader.all_input_nodes):
-            unsqueeze = _operand_of(_operand_of(clone))
-            if clone is copy.replaced or unsqueeze is None:
-                continue
-            if unsqueeze.target is aten.unsqueeze.default:
-                source = unsqueeze.args[0]
-                found = _repeated(unsqueeze, tuple(range(source.meta["val"].dim())), [])
-                if found is not None and _are_alike(found, copy):
-                    yield source, found
+    for clone in _near(copy.replaced):
+        unsqueeze = _operand_of(_operand_of(clone))
+        if unsqueeze is not None and unsqueeze.target is aten.unsqueeze.default:
+            source = unsqueeze.args[0]
+            found = _repeated(unsqueeze, tuple(range(source.meta["val"].dim())), [])
+            if found is not None and _are_alike(found, copy):
+                yield source, found
+
+
+def _near(clone: Node) -> Iterator[Node]:
+    """The other clones around one, those behind it first."""
+    for step in ("next", "prev"):
+        node = clone
+        for _ in range(MAX_DISTANCE):
+            node = getattr(node, step)
+            if node.op == "root":
+                break
+            if node.target is aten.clone.default:
+                yield node
 
 
 def _are_alike(one: Copy, other: Copy) -> bool:
-    """Whether two copies do the same, of whatever is kept."""
-    return one.destination._replace(kept=False) == other.destination._replace(kept=False)
+    """Whether two tensors are repeated along the same axis to the same shape."""
+    first, second = (copy.destination for copy in (one, other))
+    assert isinstance(first, Repeated)
+    assert isinstance(second, Repeated)
+    shapes = [str(tuple(copy.replaced.meta["val"].shape)) for copy in (one, other)]
+    return first.axis == second.axis and shapes[0] == shapes[1]
 
 
 def _operand_of(node: Node | None) -> Node | None:
@@ -309,30 +323,17 @@ def _operand_of(node: Node | None) -> Node | None:
     return first if isinstance(first, Node) else None
 
 
-def _readers(node: Node) -> list[Node]:
-    """Who reads a result, behind nothing but other shapes of it."""
-    readers: list[Node] = []
-    for user in node.users:
-        readers += _readers(user) if user.target in _SHAPES else [user]
-    return readers
-
-
-def _unshaped(node: Node) -> Node:
-    while node.target in _SHAPES:
-        node = node.args[0]  # type: ignore[assignment]
-    return node
-
-
-_SHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
-
-
 def _may_join(op: Node, source: Node, copy: Copy) -> bool:
-    """Whether a launch can read a tensor: it is in memory and no wider than what is there."""
+    """Whether a launch can copy a tensor, which is in memory and no wider than what is there.
+
+    Nobody may read the copy before the launch: that of another layer, for example.
+    """
     value = source.meta["val"]
     heads: Any = op.args[0]
     widest = max(head.meta["val"].shape[-1] for head in heads)
     return (
         memory.is_in_memory(source)
+        and all(op < reader for reader in copy.replaced.users)
         and value.dim() <= 4
         and value.device == heads[0].meta["val"].device
         and value.dtype == copy.replaced.meta["val"].dtype
