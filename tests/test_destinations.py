@@ -3,25 +3,13 @@
 import pytest
 import torch
 from torch import nn
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import scaled_dot_product_attention
 
-from normfuse import tuning
-from normfuse.cli import sites
-from normfuse.cli.subject import Subject
-from normfuse.ops import QK_RMS_NORM_ROPE
-from normfuse.passes import choice, destinations, lower, measure
-from normfuse.passes.destinations import copies_behind
-from normfuse.passes.recorder import Recorder
-from normfuse.passes.region import key_of
-from normfuse.settings import Settings
-from normfuse.tuning import Document, Entry, Measurement
+from normfuse.passes import destinations
 from tests import cached_attention
 from tests.cached_attention import (
-    BATCH,
     HEADS,
     KEY_HEADS,
-    PLACES,
     Cached,
     CachedAt,
     ReturnsBoth,
@@ -250,14 +238,6 @@ def test_what_is_repeated_more_often_than_was_measured_is_copied_by_others(monke
     assert copied(launch_of(graph)) == [0, 0, None]
 
 
-def test_positions_on_another_device_are_no_operand():
-    site = cached_site()
-    assert copies_behind(site) is not None
-    rows = next(node for node in site.graph.nodes if node.meta["val"].dtype == torch.int64)
-    rows.meta["val"] = torch.zeros(1, dtype=torch.int64, device="meta")
-    assert copies_behind(site) is None
-
-
 class AfterAnother(Uncached):
     """Two attentions: only the value of the first could join, and only the key of the second."""
 
@@ -300,103 +280,3 @@ def test_layers_that_share_positions_write_their_own_caches():
     assert puts(graph) == 0
     assert len(set(written)) == 4
     assert {node.op for node in written} == {"placeholder"}
-
-
-def regions(model, *values, monkeypatch):
-    monkeypatch.setattr(choice, "device_name", lambda device: "A GPU")
-    return sites.regions_of(Subject("a model", model, values, {}))
-
-
-@pytest.mark.parametrize(
-    ("model", "words"),
-    [(Cached, ("into a cache",) * 2), (Uncached, ("repeated 2 times",) * 2)],
-)
-def test_a_site_is_measured_with_the_copies_and_alone(model, words, monkeypatch):
-    with_copies, alone = regions(model(), *inputs(TOKENS), monkeypatch=monkeypatch)
-    assert with_copies.key.parameters == (*alone.key.parameters, *words)
-    assert with_copies.rows == alone.rows
-    assert len(with_copies.inputs) > len(alone.inputs)
-
-
-def test_a_region_holds_the_caches_and_what_fills_them(monkeypatch):
-    torch.manual_seed(0)
-    model = Cached()
-    region, _ = regions(model, *inputs(1), monkeypatch=monkeypatch)
-    graph = region.module.graph
-    assert puts(graph) == count(graph, aten.copy_.default) == 2
-    (results,) = graph.output_node().args
-    assert len(results) == 1  # the query: caches are no results
-    (filled,) = measure.input_sets(region.inputs, 1)
-    kept = [one.clone() for one in filled]
-    (query,) = region.module(*filled)
-    compiled = measure.compiled(region, "inline")
-    other = [one.clone() for one in kept]
-    (again,) = compiled(other)
-    torch.testing.assert_close(again, query, rtol=0, atol=0.05)  # Inductor rounds less often
-    changed = [not torch.equal(a, b) for a, b in zip(kept, filled, strict=True)]
-    assert sum(changed) == 2
-    for one, right in zip(other, filled, strict=True):
-        torch.testing.assert_close(one, right, rtol=0, atol=0.05)
-
-
-def cached_site():
-    """A site whose key goes into a cache, in a graph by hand."""
-    plan, turn = "f32 unit=f32>bf16 weight=bf16 out=bf16", "half 16 in=bf16 out=bf16"
-
-    def forward(q, k, weight, cos, sin, cache, rows):
-        norms = [1e-6] * 2, [0.0] * 2, [plan] * 2, [turn] * 2
-        q, k, *_ = QK_RMS_NORM_ROPE([q, k], [weight, weight], cos, sin, *norms)
-        cache.copy_(aten.index_put.default(cache, [None, None, rows], k))
-        return q
-
-    shapes = (BATCH, HEADS, 1, 16), (BATCH, KEY_HEADS, 1, 16), (16,), *[(1, 1, 1, 16)] * 2
-    values = [torch.empty(shape, dtype=torch.bfloat16) for shape in shapes]
-    cache = torch.empty(BATCH, KEY_HEADS, PLACES, 16, dtype=torch.bfloat16)
-    graph = make_fx(forward)(*values, cache, torch.zeros(1, dtype=torch.int64)).graph
-    (site,) = graph.find_nodes(op="call_function", target=QK_RMS_NORM_ROPE)
-    return site
-
-
-class TestChoice:
-    """What a table says of a site with copies, or of the same without them."""
-
-    @pytest.fixture(autouse=True)
-    def empty_table(self, monkeypatch, tmp_path):
-        monkeypatch.setenv("NORMFUSE_CACHE_DIR", str(tmp_path))
-        monkeypatch.setattr(choice, "device_name", lambda device: "A GPU")
-
-    def learn(self, inline_us, copies):
-        site = cached_site()
-        key = key_of(site, "A GPU", copies_behind(site) if copies else None)
-        entry = Entry(key, Measurement(BATCH * (HEADS + KEY_HEADS), (), inline_us, 10.0))
-        provenance = ("A GPU", torch.__version__, "3.6.0", "0.1", "2026-01-31", "a test")
-        tuning.tables().add(Document(*provenance, (entry,)))
-
-    def chosen(self):
-        return lower.Lower(Settings("auto")).form_of(cached_site())[0]
-
-    def test_what_was_measured_with_the_copies_decides(self):
-        assert self.chosen() == "inline"
-        self.learn(20.0, copies=True)
-        assert self.chosen() == "triton"
-        self.learn(9.0, copies=True)
-        self.learn(20.0, copies=False)
-        assert self.chosen() == "inline"
-
-    @pytest.mark.parametrize(("inline_us", "form"), [(20.0, "triton"), (10.0, "inline")])
-    def test_a_launch_that_wins_without_the_copies_is_taken(self, inline_us, form):
-        self.learn(inline_us, copies=False)
-        assert self.chosen() == form
-
-
-def test_the_report_says_what_a_launch_writes_besides():
-    recorder = Recorder()
-    inference_graph(Cached(), *inputs(TOKENS), recorder=recorder)
-    expected = "its launch also writes 2 of what attention reads into a cache"
-    assert {site.lowering_reason for site in recorder.sites} == {expected}
-    recorder = Recorder()
-    inference_graph(Uncached(normed=False), *inputs(TOKENS), recorder=recorder)
-    assert recorder.report().notes[1:] == [
-        "1 `rope` lowered to triton: "
-        "its launch also writes 2 of what attention reads repeated 2 times"
-    ]

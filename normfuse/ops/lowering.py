@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -11,73 +11,34 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from normfuse.ops.add_rms_norm import ADD_RMS_NORM, add_rms_norm_reference
-from normfuse.ops.add_rms_norm_backward import (
-    ADD_RMS_NORM_BACKWARD,
-    add_rms_norm_backward_reference,
-)
 from normfuse.ops.dual_rms_norm_add import (
     DUAL_RMS_NORM_ADD,
     dual_rms_norm_add_reference,
     parsed,
     split_norms,
 )
-from normfuse.ops.dual_rms_norm_add_backward import (
-    DUAL_RMS_NORM_ADD_BACKWARD,
-    dual_rms_norm_add_backward_reference,
-    for_launch_of_dual,
-)
 from normfuse.ops.dual_rms_norm_add_rms_norm import (
     DUAL_RMS_NORM_ADD_RMS_NORM,
     dual_rms_norm_add_rms_norm_reference,
 )
-from normfuse.ops.dual_rms_norm_add_rms_norm_backward import (
-    DUAL_RMS_NORM_ADD_RMS_NORM_BACKWARD,
-    dual_rms_norm_add_rms_norm_backward_reference,
-)
 from normfuse.ops.gated_rms_norm import GATED_RMS_NORM, gated_rms_norm_reference
-from normfuse.ops.gated_rms_norm_backward import (
-    GATED_RMS_NORM_BACKWARD,
-    gated_rms_norm_backward_reference,
-)
 from normfuse.ops.gating import Gating
 from normfuse.ops.l2_norm import L2_NORM, l2_norm_reference
+from normfuse.ops.lowering_backward import BACKWARD_LAUNCHES, BACKWARD_REFERENCES
 from normfuse.ops.modulated_rms_norm import MODULATED_RMS_NORM, modulated_rms_norm_reference
-from normfuse.ops.modulated_rms_norm_backward import (
-    MODULATED_RMS_NORM_BACKWARD,
-    modulated_rms_norm_backward_reference,
-)
 from normfuse.ops.modulation import Modulation
 from normfuse.ops.one_launch import obstacle_to_one_launch
 from normfuse.ops.qk_rms_norm import QK_RMS_NORM, qk_rms_norm_reference
 from normfuse.ops.qk_rms_norm_rope import QK_RMS_NORM_ROPE, qk_rms_norm_rope_reference
-from normfuse.ops.qk_rms_norm_rope_backward import (
-    QK_RMS_NORM_ROPE_BACKWARD,
-    for_launch,
-    qk_rms_norm_rope_backward_reference,
-)
+from normfuse.ops.qk_rms_norm_rope_backward import QK_RMS_NORM_ROPE_BACKWARD
 from normfuse.ops.residual_sum import Scales
 from normfuse.ops.rms_norm import RMS_NORM, rms_norm_reference
 from normfuse.ops.rms_norm_add import RMS_NORM_ADD, rms_norm_add_reference
-from normfuse.ops.rms_norm_add_backward import (
-    RMS_NORM_ADD_BACKWARD,
-    rms_norm_add_backward_reference,
-)
 from normfuse.ops.rms_norm_add_rms_norm import (
     RMS_NORM_ADD_RMS_NORM,
     rms_norm_add_rms_norm_reference,
 )
-from normfuse.ops.rms_norm_add_rms_norm_backward import (
-    RMS_NORM_ADD_RMS_NORM_BACKWARD,
-    gathered,
-    rms_norm_add_rms_norm_backward_reference,
-)
-from normfuse.ops.rms_norm_backward import RMS_NORM_BACKWARD, rms_norm_backward_reference
 from normfuse.ops.rms_norms import RMS_NORMS, rms_norms_reference, weight_of_each
-from normfuse.ops.rms_norms_backward import (
-    RMS_NORMS_BACKWARD,
-    for_launch_of_norms,
-    rms_norms_backward_reference,
-)
 from normfuse.ops.rope import ROPE, parsed_rotations, rope_reference
 from normfuse.ops.rotation import Rotation
 from normfuse.ops.rounding import RoundingPlan
@@ -96,16 +57,7 @@ _REFERENCES: dict[Any, Callable[..., Any]] = {
     ROPE: rope_reference,
     DUAL_RMS_NORM_ADD: dual_rms_norm_add_reference,
     DUAL_RMS_NORM_ADD_RMS_NORM: dual_rms_norm_add_rms_norm_reference,
-    RMS_NORM_BACKWARD: rms_norm_backward_reference,
-    RMS_NORMS_BACKWARD: rms_norms_backward_reference,
-    DUAL_RMS_NORM_ADD_BACKWARD: dual_rms_norm_add_backward_reference,
-    DUAL_RMS_NORM_ADD_RMS_NORM_BACKWARD: dual_rms_norm_add_rms_norm_backward_reference,
-    ADD_RMS_NORM_BACKWARD: add_rms_norm_backward_reference,
-    RMS_NORM_ADD_BACKWARD: rms_norm_add_backward_reference,
-    RMS_NORM_ADD_RMS_NORM_BACKWARD: rms_norm_add_rms_norm_backward_reference,
-    QK_RMS_NORM_ROPE_BACKWARD: qk_rms_norm_rope_backward_reference,
-    GATED_RMS_NORM_BACKWARD: gated_rms_norm_backward_reference,
-    MODULATED_RMS_NORM_BACKWARD: modulated_rms_norm_backward_reference,
+    **BACKWARD_REFERENCES,
 }
 ALL_OPS = tuple(_REFERENCES)
 _SHARED_BACKWARDS = {"l2_norm": "rms_norm_backward", "qk_rms_norm": "qk_rms_norm_rope_backward"}
@@ -297,83 +249,6 @@ def _launch_dual(num_norms: int, wrap: Any, used: tuple[bool, ...], *arguments: 
     return launch(x_1, x_2, residual, weights, factors, steps, stored=used, wrap=wrap)
 
 
-def _launch_rms_norm_backward(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
-    from normfuse.ops.kernels.rms_norm_backward import launch
-
-    grad_y, x, weight, rstd, offset, plan, mask = arguments
-    steps, wanted = RoundingPlan.parse(plan), _both(mask, used)
-    return launch(grad_y, x, weight, rstd, offset, steps, wanted, wrap=wrap)
-
-
-def _launch_rms_norms_backward(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
-    from normfuse.ops.kernels.rms_norms_backward import launch
-
-    return launch(*for_launch_of_norms(arguments), wrap=wrap)
-
-
-def _launch_dual_backward(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
-    from normfuse.ops.kernels.dual_rms_norm_add_backward import launch
-
-    operands = for_launch_of_dual((*arguments[:-1], _both(arguments[-1], used)))
-    return launch(*operands, wrap=wrap)
-
-
-def _launch_add_rms_norm_backward(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
-    from normfuse.ops.kernels.add_rms_norm_backward import launch
-
-    grad_y, grad_total, total, weight, rstd, *scales = arguments[:9]
-    offset, plan, x_dtype, residual_dtype, mask = arguments[9:]
-    norm = weight, rstd, Scales(*scales), offset, RoundingPlan.parse(plan)
-    dtypes = (x_dtype, residual_dtype)
-    return launch(grad_y, grad_total, total, *norm, dtypes, _both(mask, used), wrap=wrap)
-
-
-def _launch_rms_norm_add_backward(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
-    from normfuse.ops.kernels.rms_norm_add_backward import launch
-
-    grad_total, x, weight, rstd, *scales = arguments[:8]
-    offset, plan, residual_dtype, mask = arguments[8:]
-    norm = weight, rstd, Scales(*scales), offset, RoundingPlan.parse(plan)
-    return launch(grad_total, x, *norm, residual_dtype, _both(mask, used), wrap=wrap)
-
-
-def _launch_rms_norm_add_rms_norm_backward(
-    wrap: Any, used: tuple[bool, ...], *arguments: Any
-) -> Any:
-    from normfuse.ops.kernels.rms_norm_add_rms_norm_backward import launch
-
-    operands = gathered((*arguments[:-1], _both(arguments[-1], used)))
-    return launch(*operands, wrap=wrap)
-
-
-def _launch_qk_rms_norm_rope_backward(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
-    from normfuse.ops.kernels.qk_rms_norm_rope_backward import launch
-
-    return launch(*for_launch(arguments), wrap=wrap)
-
-
-def _launch_gated_rms_norm_backward(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
-    from normfuse.ops.kernels.gated_rms_norm_backward import launch
-
-    grad_y, x, gate, weight, rstd, *gated, plan, mask = arguments
-    offset, groups, gate_first, activation = gated
-    norm = weight, rstd, offset, groups, gate_first, activation, RoundingPlan.parse(plan)
-    return launch(grad_y, x, gate, *norm, _both(mask, used), wrap=wrap)
-
-
-def _launch_modulated_rms_norm_backward(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:
-    from normfuse.ops.kernels.modulated_rms_norm_backward import launch
-
-    grad_y, x, scale, shift, weight, rstd, offset, scale_offset, plan, mask = arguments
-    norm = weight, rstd, offset, scale_offset, RoundingPlan.parse(plan)
-    return launch(grad_y, x, scale, shift, *norm, _both(mask, used), wrap=wrap)
-
-
-def _both(mask: Sequence[bool], used: tuple[bool, ...]) -> list[bool]:
-    """The gradients that are asked for and read."""
-    return [wanted and read for wanted, read in zip(mask, used, strict=True)]
-
-
 _LAUNCHES: dict[Any, Callable[..., Any]] = {
     RMS_NORM: _launch_rms_norm,
     RMS_NORMS: _launch_rms_norms,
@@ -388,14 +263,5 @@ _LAUNCHES: dict[Any, Callable[..., Any]] = {
     ROPE: _launch_rope,
     DUAL_RMS_NORM_ADD: partial(_launch_dual, 3),
     DUAL_RMS_NORM_ADD_RMS_NORM: partial(_launch_dual, 4),
-    RMS_NORM_BACKWARD: _launch_rms_norm_backward,
-    RMS_NORMS_BACKWARD: _launch_rms_norms_backward,
-    DUAL_RMS_NORM_ADD_BACKWARD: _launch_dual_backward,
-    DUAL_RMS_NORM_ADD_RMS_NORM_BACKWARD: _launch_dual_backward,
-    ADD_RMS_NORM_BACKWARD: _launch_add_rms_norm_backward,
-    RMS_NORM_ADD_BACKWARD: _launch_rms_norm_add_backward,
-    RMS_NORM_ADD_RMS_NORM_BACKWARD: _launch_rms_norm_add_rms_norm_backward,
-    QK_RMS_NORM_ROPE_BACKWARD: _launch_qk_rms_norm_rope_backward,
-    GATED_RMS_NORM_BACKWARD: _launch_gated_rms_norm_backward,
-    MODULATED_RMS_NORM_BACKWARD: _launch_modulated_rms_norm_backward,
+    **BACKWARD_LAUNCHES,
 }
