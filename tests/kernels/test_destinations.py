@@ -105,9 +105,10 @@ def test_negative_positions_count_from_the_end(launch):
 
 
 @pytest.mark.parametrize(("memory", "width", "dim"), list(product(IN_MEMORY, (16, 24), (16, 8))))
+@pytest.mark.parametrize("num_keys", [1, 2])
 @pytest.mark.guarantee
-def test_keys_and_values_are_repeated(memory, width, dim, launch):
-    q, k, v, weights, tables = operands(5, width, memory)
+def test_keys_and_values_are_repeated(num_keys, memory, width, dim, launch):
+    q, k, v, weights, tables = operands(5, width, memory, num_keys)
     tables = [table[..., :dim] for table in tables]
     turn = f"half {dim} in=bf16 out=bf16"
     expected = qk_rms_norm_rope_reference([q, k], weights, *tables, *norms(turn))
