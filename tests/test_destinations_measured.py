@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from normfuse import tuning
@@ -43,6 +44,19 @@ def test_a_site_is_measured_with_the_copies_and_alone(model, words, monkeypatch)
     assert with_copies.key.parameters == (*alone.key.parameters, *words)
     assert with_copies.rows == alone.rows
     assert len(with_copies.inputs) > len(alone.inputs)
+
+
+def test_a_site_that_is_measured_alone_makes_no_copies(monkeypatch):
+    """Its neighbours may be copies that a launch could make, as where it may not."""
+    with_copies, alone = regions(Uncached(), *inputs(TOKENS), monkeypatch=monkeypatch)
+    assert "after clone" in alone.neighbours
+    assert [one.makes_copies for one in (with_copies, alone)] == [True, False]
+    for region, clones in ((with_copies, 0), (alone, 1)):
+        with FakeTensorMode():
+            (filled,) = measure.input_sets(region.inputs, 1)
+            graph = make_fx(region.module)(*filled).graph
+        lower.Lower(Settings("triton"), makes_copies=region.makes_copies)(graph)
+        assert count(graph, aten.clone.default) == clones
 
 
 def test_a_region_holds_the_caches_and_what_fills_them(monkeypatch):

@@ -207,15 +207,13 @@ def _are_readable(positions: Node, device: torch.device) -> bool:
 
 def _fits(cache: Node, value: Node, axis: int) -> bool:
     """Whether a cache holds rows of a value as they are, its columns side by side."""
-    memory, rows = cache.meta["val"], value.meta["val"]
+    held, rows = cache.meta["val"], value.meta["val"]
     return (
-        memory.dtype == rows.dtype
-        and memory.device == rows.device
-        and memory.dim() == rows.dim()
-        and memory.stride(-1) == 1
-        and all(
-            _same(memory.shape[dim], rows.shape[dim]) for dim in range(rows.dim()) if dim != axis
-        )
+        held.dtype == rows.dtype
+        and held.device == rows.device
+        and held.dim() == rows.dim()
+        and held.stride(-1) == 1
+        and all(_same(held.shape[dim], rows.shape[dim]) for dim in range(rows.dim()) if dim != axis)
     )
 
 

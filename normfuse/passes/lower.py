@@ -50,11 +50,13 @@ class Lower:
         recorder: gets what was chosen; None in ordinary compilations.
         only: asked once for each site, in the order of the graphs; where it says no, the site is
             inline. None leaves every site to the settings.
+        makes_copies: whether launches make what copies they can; not where one is measured alone.
     """
 
     settings: Settings
     recorder: Recorder | None = None
     only: Callable[[Node], bool] | None = None
+    makes_copies: bool = True
 
     def __call__(self, graph: Graph) -> None:
         traced: dict[Any, Form] = {}
@@ -66,7 +68,8 @@ class Lower:
             counts[lowering] = counts.get(lowering, 0) + 1
             if lowering != "inline" and self.settings.check_interval is not None:
                 add_check(node, self.settings.check_interval)
-            copies = copies_behind(node) if lowering == "triton" else None
+            is_copying = lowering == "triton" and self.makes_copies
+            copies = copies_behind(node) if is_copying else None
             self._note(node, lowering, reason, copies)
             if lowering != "op":
                 _splice(node, lowering, copies, traced)

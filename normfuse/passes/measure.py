@@ -109,9 +109,9 @@ def _times(region: Region, turn: AbstractContextManager[Any]) -> Times:
 
 def compiled(region: Region, form: str) -> Form:
     """A region as Inductor compiles it where its op takes this form, and nothing else is ours."""
-    lower = Lower(Settings(lowering=form))
+    lower = Lower(Settings(lowering=form), makes_copies=region.makes_copies)
     hooks: dict[str, Any] = dict.fromkeys(inductor.HOOKS)
-    hooks["post_grad_custom_post_pass"] = inductor.Hook(lower, f"measure {form}")
+    hooks["post_grad_custom_post_pass"] = inductor.Hook(lower, f"measure {lower}")
     patches = {**hooks, "triton.cudagraphs": False}
     examples = [
         torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device=spec.device)

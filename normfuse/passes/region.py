@@ -62,6 +62,7 @@ class Region:
         neighbours: "before mul", "after add", ..., sorted.
         module: takes the inputs, returns a tuple of what leaves the region.
         inputs: what it takes.
+        makes_copies: whether copies are in it that the launch makes; else it makes none.
         by_tables: the same without what makes tables in it; None if nothing does.
     """
 
@@ -70,6 +71,7 @@ class Region:
     neighbours: tuple[str, ...]
     module: GraphModule
     inputs: tuple[Spec, ...]
+    makes_copies: bool = False
     by_tables: Region | None = None
 
 
@@ -147,7 +149,8 @@ def _region(node: Node, key: Key, copies: Copies | None, makers: list[Node]) -> 
     leaving.sort(key=list(environment).index)
     graph.output(tuple(environment[old] for old in leaving))
     module = GraphModule(torch.nn.Module(), _placeholders_first(graph))
-    return Region(key, rows_of(node).typical, _names(before, after), module, tuple(inputs))
+    what = key, rows_of(node).typical, _names(before, after), module, tuple(inputs)
+    return Region(*what, makes_copies=copies is not None)
 
 
 def _copy(graph: Graph, old: Node, environment: dict[Node, Node]) -> Node:

@@ -163,16 +163,14 @@ def launch(
     """
     num = len(xs)
     stores = stores or [True] * (2 * num)
-    tile = tile or HeadsLaunch.for_slots(xs, rotations, plans)
+    norms = zip(xs, weights, eps, offsets, plans, rotations, stores[num : 2 * num], strict=True)
     heads = [
         Heads(x, weight, tuple(norm), rotation, store)
-        for x, weight, *norm, rotation, store in zip(
-            xs, weights, eps, offsets, plans, rotations, stores[num : 2 * num], strict=True
-        )
+        for x, weight, *norm, rotation, store in norms
     ]
     slots = launch_heads(heads, cos, sin, writes, tile, wrap)
-    rstds = [slot.rstd for slot in slots[:num]]
-    return [slot.finished() for slot in slots[:num]] + rstds + written(slots)
+    results = [slot.finished() for slot in slots[:num]]
+    return results + [slot.rstd for slot in slots[:num]] + written(slots)
 
 
 class Heads(NamedTuple):
@@ -190,10 +188,14 @@ def launch_heads(
     cos: torch.Tensor | None,
     sin: torch.Tensor | None,
     writes: Writes | None,
-    tile: HeadsLaunch,
+    tile: HeadsLaunch | None,
     wrap: Callable[[Any], Any],
 ) -> list[Slot]:
     """Launch the kernel for up to three tensors, those that only join it included."""
+    plans = [one.norm[-1] for one in heads if one.norm is not None]
+    tile = tile or HeadsLaunch.for_slots(
+        [one.x for one in heads], [one.rotation for one in heads], plans
+    )
     results, others = writes or ((None,) * len(heads), ())
     joining = [Heads(x, None, None, None) for x, _ in others]
     destinations = (*results[: len(heads)], *(destination for _, destination in others))

@@ -42,7 +42,6 @@ def launch(
         tile: by default the one for these widths.
         wrap: how a compiler sees the launch; `torch.library.wrap_triton`.
     """
-    tile = tile or HeadsLaunch.for_slots(xs, rotations, ())
     heads = [Heads(x, None, None, turn) for x, turn in zip(xs, rotations, strict=True)]
     slots = launch_heads(heads, cos, sin, writes, tile, wrap)
     return [slot.finished() for slot in slots[: len(xs)]] + written(slots)

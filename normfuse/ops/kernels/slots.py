@@ -69,10 +69,9 @@ class Slot:
         store_rstd: bool,
         destination: Destination | None = None,
     ) -> Slot:
-        """The slot of x (..., N).
+        """The slot of x (..., N); `norm` is (eps, offset, plan), None where x only turns, or less.
 
-        `norm` is (eps, offset, plan), None where x only turns, or is only copied; a result that is
-        only written elsewhere has no rstd.
+        A result that is only written elsewhere has no rstd.
         """
         out = rotation.out if rotation is not None else norm[-1].out if norm else x.dtype
         layout = None if destination is None else destination.layout(x, out)
@@ -84,8 +83,7 @@ class Slot:
         table = tables[0] if tables is not None and rotation is not None else None
         x, strides, neighbours, there = addressed_with(x, table, order, rows, layout)
         widths = _widths(x.shape[-1], rotation)
-        num_rows_tile = max(1, tile.elements // widths["tile"])
-        groups = tile.groups_of(num_rows_tile, num_rows(x), neighbours)
+        num_rows_tile, groups, num_tiles = _tiles(x, widths["tile"], tile, neighbours)
         turn = "" if rotation is None or table is None else _turn(rotation, table.dtype)
         constants = {
             "N": x.shape[-1],
@@ -97,11 +95,8 @@ class Slot:
             **_place_constants(layout, there),
         }
         arguments = (x, as_vector(weight), rows, rstd, num_rows(x), *strides, neighbours.stride)
-        num_rows_program = num_rows_tile * groups
-        num_tiles = (num_rows(x) + num_rows_program - 1) // num_rows_program
-        memory = None if layout is None else layout.memory
-        arguments += _place(layout, there)
-        return cls(y, rows, memory, rstd, arguments, constants, num_tiles)
+        place = _place(layout, there)
+        return cls(y, rows, place[0], rstd, arguments + place, constants, num_tiles)
 
     def finished(self) -> torch.Tensor | None:
         """The result, once the kernel is launched."""
@@ -109,6 +104,16 @@ class Slot:
             return self.y
         assert self.rows is not None
         return self.y.copy_(self.rows)
+
+
+def _tiles(
+    x: torch.Tensor, width: int, tile: HeadsLaunch, neighbours: Neighbours
+) -> tuple[int, int, Any]:
+    """Rows of a tile, tiles of a program, and programs."""
+    num_rows_tile = max(1, tile.elements // width)
+    groups = tile.groups_of(num_rows_tile, num_rows(x), neighbours)
+    num_rows_program = num_rows_tile * groups
+    return num_rows_tile, groups, (num_rows(x) + num_rows_program - 1) // num_rows_program
 
 
 def _results(
