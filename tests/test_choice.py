@@ -321,7 +321,7 @@ def test_dynamic_rows_are_chosen_by_range_and_guarded_by_nothing(monkeypatch):
 
     key = None
 
-    def remember(node, device, copies=None):
+    def remember(node, device, copies=()):
         nonlocal key
         key = key_of(node, device, copies)
         return key

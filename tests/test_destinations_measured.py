@@ -8,11 +8,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from normfuse import tuning
 from normfuse.cli import sites
 from normfuse.cli.subject import Subject
-from normfuse.ops import QK_RMS_NORM_ROPE
+from normfuse.ops import QK_RMS_NORM_ROPE, ROPE
 from normfuse.passes import choice, lower, measure
 from normfuse.passes.destinations import copies_behind
 from normfuse.passes.recorder import Recorder
-from normfuse.passes.region import key_of
+from normfuse.passes.region import key_of, neighbours_of
 from normfuse.settings import Settings
 from normfuse.tuning import Document, Entry, Measurement
 from tests.cached_attention import (
@@ -80,21 +80,42 @@ def test_a_region_holds_the_caches_and_what_fills_them(monkeypatch):
         torch.testing.assert_close(one, right, rtol=0, atol=0.05)
 
 
-def cached_site():
-    """A site whose key goes into a cache, in a graph by hand."""
-    plan, turn = "f32 unit=f32>bf16 weight=bf16 out=bf16", "half 16 in=bf16 out=bf16"
+PLAN, TURN = "f32 unit=f32>bf16 weight=bf16 out=bf16", "half 16 in=bf16 out=bf16"
+TURNED = [(BATCH, HEADS, 1, 16), (BATCH, KEY_HEADS, 1, 16), *[(1, 1, 1, 16)] * 2]
 
-    def forward(q, k, weight, cos, sin, cache, rows):
-        norms = [1e-6] * 2, [0.0] * 2, [plan] * 2, [turn] * 2
-        q, k, *_ = QK_RMS_NORM_ROPE([q, k], [weight, weight], cos, sin, *norms)
+
+def cached_site(op=QK_RMS_NORM_ROPE):
+    """A site whose key goes into a cache, in a graph by hand."""
+
+    def forward(q, k, cos, sin, weight, cache, rows):
+        norms = [1e-6] * 2, [0.0] * 2, [PLAN] * 2
+        if op is ROPE:
+            q, k = ROPE([q, k], cos, sin, [TURN] * 2)
+        else:
+            q, k, *_ = op([q, k], [weight, weight], cos, sin, *norms, [TURN] * 2)
         cache.copy_(aten.index_put.default(cache, [None, None, rows], k))
         return q
 
-    shapes = (BATCH, HEADS, 1, 16), (BATCH, KEY_HEADS, 1, 16), (16,), *[(1, 1, 1, 16)] * 2
-    values = [torch.empty(shape, dtype=torch.bfloat16) for shape in shapes]
+    values = [torch.empty(shape, dtype=torch.bfloat16) for shape in (*TURNED, (16,))]
     cache = torch.empty(BATCH, KEY_HEADS, PLACES, 16, dtype=torch.bfloat16)
-    graph = make_fx(forward)(*values, cache, torch.zeros(1, dtype=torch.int64)).graph
-    (site,) = graph.find_nodes(op="call_function", target=QK_RMS_NORM_ROPE)
+    return only_site(forward, op, *values, cache, torch.zeros(1, dtype=torch.int64))
+
+
+def repeated_site(*, returned):
+    """A turned key that is repeated, and perhaps returned."""
+
+    def forward(q, k, cos, sin):
+        q, k = ROPE([q, k], cos, sin, [TURN] * 2)
+        copies = k.unsqueeze(2).expand(-1, -1, 2, -1, -1)
+        copies = aten.clone.default(copies, memory_format=torch.contiguous_format)
+        return (q, copies, k) if returned else (q, copies)
+
+    values = [torch.empty(shape, dtype=torch.bfloat16) for shape in TURNED]
+    return only_site(forward, ROPE, *values)
+
+
+def only_site(forward, op, *values):
+    (site,) = make_fx(forward)(*values).graph.find_nodes(op="call_function", target=op)
     return site
 
 
@@ -114,28 +135,36 @@ class TestChoice:
         monkeypatch.setenv("NORMFUSE_CACHE_DIR", str(tmp_path))
         monkeypatch.setattr(choice, "device_name", lambda device: "A GPU")
 
-    def learn(self, inline_us, copies):
-        site = cached_site()
-        key = key_of(site, "A GPU", copies_behind(site) if copies else None)
-        entry = Entry(key, Measurement(BATCH * (HEADS + KEY_HEADS), (), inline_us, 10.0))
+    def learn(self, inline_us, site, *, copies):
+        key = key_of(site, "A GPU", copies_behind(site).words if copies else ())
+        measured = Measurement(BATCH * (HEADS + KEY_HEADS), neighbours_of(site), inline_us, 10.0)
         provenance = ("A GPU", torch.__version__, "3.6.0", "0.1", "2026-01-31", "a test")
-        tuning.tables().add(Document(*provenance, (entry,)))
+        tuning.tables().add(Document(*provenance, (Entry(key, measured),)))
 
-    def chosen(self):
-        return lower.Lower(Settings("auto")).form_of(cached_site())[0]
+    def chosen(self, site):
+        return lower.Lower(Settings("auto")).form_of(site)[0]
 
     def test_what_was_measured_with_the_copies_decides(self):
-        assert self.chosen() == "inline"
-        self.learn(20.0, copies=True)
-        assert self.chosen() == "triton"
-        self.learn(9.0, copies=True)
-        self.learn(20.0, copies=False)
-        assert self.chosen() == "inline"
+        assert self.chosen(cached_site()) == "inline"
+        self.learn(20.0, cached_site(), copies=True)
+        assert self.chosen(cached_site()) == "triton"
+        self.learn(9.0, cached_site(), copies=True)
+        self.learn(20.0, cached_site(), copies=False)
+        assert self.chosen(cached_site()) == "inline"
 
     @pytest.mark.parametrize(("inline_us", "form"), [(20.0, "triton"), (10.0, "inline")])
-    def test_a_launch_that_wins_without_the_copies_is_taken(self, inline_us, form):
-        self.learn(inline_us, copies=False)
-        assert self.chosen() == form
+    def test_norms_that_win_without_the_copies_are_taken(self, inline_us, form):
+        self.learn(inline_us, cached_site(), copies=False)
+        assert self.chosen(cached_site()) == form
+
+    def test_an_embedding_that_wins_without_the_copies_is_not(self):
+        """Inductor may write a cache in the kernel that turns: on an H200 it was faster so."""
+        self.learn(20.0, cached_site(ROPE), copies=False)
+        assert self.chosen(cached_site(ROPE)) == "inline"
+
+    def test_what_is_kept_is_answered_by_what_is_not(self):
+        self.learn(20.0, repeated_site(returned=False), copies=True)
+        assert self.chosen(repeated_site(returned=True)) == "triton"
 
 
 def test_the_report_says_what_a_launch_writes_besides():

@@ -10,6 +10,7 @@ import torch
 from torch.fx import Node
 
 from normfuse import tuning
+from normfuse.ops import ROPE
 from normfuse.ops.lowering import backward_of
 from normfuse.passes.destinations import Copies, copies_behind
 from normfuse.passes.form import operands_of
@@ -35,18 +36,28 @@ def choose(node: Node, settings: Settings) -> tuple[str, str]:
     if settings.tune == "off":
         return "inline", _OFF
     copies = copies_behind(node)
-    key, rows = _asked(node, copies)
+    key, rows = _asked(node, () if copies is None else copies.words)
     verdict = _verdict(node, key, rows, settings)
     if verdict is None and settings.tune == "compile" and _measure(node, copies, key, rows):
         verdict = _verdict(node, key, rows, settings)
     if verdict is None and copies is not None:
-        # A launch that wins without the copies that it could make wins with them: they cost it
-        # less than the kernels that make them otherwise.
-        verdict = _verdict(node, _asked(node)[0], rows, settings)
+        verdict = _of_fewer_copies(node, copies, rows, settings)
     if verdict is None:
         return "inline", _unmeasured(key, rows)
     lowering = "triton" if verdict.wins else "inline"
     return lowering, _numbers(key, verdict, settings.margin)
+
+
+def _of_fewer_copies(node: Node, copies: Copies, rows: Rows, settings: Settings) -> Verdict | None:
+    """What is known of a site without some of its copies, where that speaks for it with them.
+
+    A result that is kept is one store more in either form. A launch with norms that wins without
+    copies wins with them: they cost it less than the kernels that make them otherwise. Without a
+    norm all is pointwise, and Inductor may make them in the kernel that turns.
+    """
+    asked = [copies.words_but_kept, *([()] if node.target is not ROPE else [])]
+    found = (_verdict(node, _asked(node, words)[0], rows, settings) for words in asked)
+    return next((verdict for verdict in found if verdict is not None), None)
 
 
 def why_hopeless_in_training(node: Node, settings: Settings) -> str | None:
@@ -109,8 +120,8 @@ def _winners(device_names: Iterable[str], settings: Settings) -> Iterator[Key]:
         yield from tuning.tables().table.winners(name, version, settings.margin)
 
 
-def _asked(node: Node, copies: Copies | None = None) -> tuple[Key, Rows]:
-    """What the table is asked about a site, together with copies that its launch makes."""
+def _asked(node: Node, copies: tuple[str, ...] = ()) -> tuple[Key, Rows]:
+    """What the table is asked about a site, with the words for copies that its launch makes."""
     device = operands_of(node)[0].meta["val"].device
     return key_of(node, device_name(device), copies), rows_of(node)
 

@@ -61,6 +61,11 @@ class Copies:
         return tuple(_word(copy.destination) for copy in self._all)
 
     @property
+    def words_but_kept(self) -> tuple[str, ...]:
+        """The same of results that nobody else reads."""
+        return tuple(_word(copy.destination._replace(kept=False)) for copy in self._all)
+
+    @property
     def sentence(self) -> str:
         """What the launch does besides, as a report says it."""
         words = Counter(self.words)

@@ -75,15 +75,15 @@ class Region:
     by_tables: Region | None = None
 
 
-def key_of(node: Node, device_name: str, copies: Copies | None = None) -> Key:
-    """What measurements of a site hold for, together with copies that its launch makes."""
+def key_of(node: Node, device_name: str, copies: tuple[str, ...] = ()) -> Key:
+    """What measurements of a site hold for, with the words for copies that its launch makes."""
     activations = _activations(node)
     words = [leaf for leaf in tree_leaves(node.args) if isinstance(leaf, (str, bool, int))]
     if _lacks_grad_total(node):
         words.append("no grad_total")  # which is as large as the other activations
     if _makers_of_tables(node):
         words.append("makes its tables")  # another question than that of tables that are there
-    words += copies.words if copies is not None else ()
+    words += copies
     return Key(
         device_name,
         minor(torch.__version__),
@@ -120,7 +120,8 @@ def neighbours_of(node: Node) -> tuple[str, ...]:
 
 def cut_out(node: Node, device_name: str, copies: Copies | None = None) -> Region:
     """The region of a site, with copies that its launch makes, at the hints of symbolic numbers."""
-    makers, key = _makers_of_tables(node), key_of(node, device_name, copies)
+    makers = _makers_of_tables(node)
+    key = key_of(node, device_name, () if copies is None else copies.words)
     alone = _region(node, key, copies, [])
     return replace(_region(node, key, copies, makers), by_tables=alone) if makers else alone
 
