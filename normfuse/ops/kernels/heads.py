@@ -15,6 +15,7 @@ from normfuse.ops.kernels.row import (
     normalised,
     root_of_total,
     rounded,
+    row_numbers,
     squares,
     step,
     store_inverse_root,
@@ -190,9 +191,7 @@ def head_rows(
     """
     row = tile.to(tl.int64) * (ROWS * GROUPS) + tl.arange(0, ROWS)[:, None]
     is_row = row < num_rows
-    outer = row // size_inner // size_middle
-    middle = row // size_inner % size_middle
-    inner = row % size_inner
+    outer, middle, inner = row_numbers(row, size_middle, size_inner, num_rows)
     x_ptr += outer * stride_x_outer + middle * stride_x_middle + inner * stride_x_inner
     stored = is_row
     if y_ptr is not None:

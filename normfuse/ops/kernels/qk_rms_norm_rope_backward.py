@@ -111,11 +111,12 @@ def _rows(
         row = row_of_tile(tile, ROWS)
         is_row = row < num_rows
         x_row = x_ptr + row_start(
-            row, size_middle, size_inner, stride_x_outer, stride_x_middle, stride_x_inner
+            row, size_middle, size_inner, stride_x_outer, stride_x_middle, stride_x_inner, num_rows
         )
         grad_row = grad_ptr + row_start(
-            row, size_middle, size_inner, stride_grad_outer, stride_grad_middle, stride_grad_inner
-        )
+            row, size_middle, size_inner,
+            stride_grad_outer, stride_grad_middle, stride_grad_inner, num_rows,
+        )  # fmt: skip
         grad_x_row = None if grad_x_ptr is None else grad_x_ptr + row * N
         xs = ()
         for part in tl.static_range(NUM_PARTS):
@@ -125,7 +126,7 @@ def _rows(
         else:
             rstd_row = rstd_ptr + row_start(
                 row, size_middle, size_inner,
-                stride_rstd_outer, stride_rstd_middle, stride_rstd_inner,
+                stride_rstd_outer, stride_rstd_middle, stride_rstd_inner, num_rows,
             )  # fmt: skip
             rstd = tl.load(rstd_row, mask=is_row, other=0.0).to(wide_type(WIDE))
         grads = ()
@@ -134,7 +135,7 @@ def _rows(
         if DIM > 0:
             table = row_start(
                 row, size_middle, size_inner,
-                stride_table_outer, stride_table_middle, stride_table_inner,
+                stride_table_outer, stride_table_middle, stride_table_inner, num_rows,
             )  # fmt: skip
             grad_a, grad_b = _turned_back(
                 grads[0], grads[1], cos_ptr + table, sin_ptr + table, stride_table,

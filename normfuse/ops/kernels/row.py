@@ -291,16 +291,44 @@ def residual_sum(
 
 
 @triton.jit
-def row_start(row, size_middle, size_inner, stride_outer, stride_middle, stride_inner):
-    """Where each row begins, its number being split as `rows.RowStrides` says."""
-    if len(row.shape) == 2:
-        if row.shape[0] == 1:
-            # A program has one row where it is wide: memory holds fewer than 2^31 of them, and
-            # dividing 64 bits takes a hundred instructions.
-            row = row.to(tl.int32)
-    outer = (row // size_inner // size_middle).to(tl.int64)
-    middle = (row // size_inner % size_middle).to(tl.int64)
-    inner = (row % size_inner).to(tl.int64)
+def _divided(number, size, bound):
+    """Quotients and remainders, int64, of numbers of rows, int64, below a bound.
+
+    In 32 bits if the bound is one of 32: nothing can be read before, and dividing 64 bits takes a
+    hundred instructions. Triton passes a size of one as a constant, which leaves nothing to do.
+    """
+    if isinstance(size, int):
+        quotient, remainder = number // size, number % size
+    else:
+        if (tl.program_id(0) + bound).dtype == tl.int32:
+            number, size = number.to(tl.uint32), size.to(tl.uint32)
+        quotient, remainder = (number // size).to(tl.int64), (number % size).to(tl.int64)
+    return quotient, remainder
+
+
+@triton.jit
+def row_numbers(row, size_middle, size_inner, bound):
+    """Of each row below `bound` its number along three axes, split as `rows.RowStrides` says."""
+    outer_and_middle, inner = _divided(row, size_inner, bound)
+    outer, middle = _divided(outer_and_middle, size_middle, bound)
+    return outer, middle, inner
+
+
+@triton.jit
+def row_start(
+    row, size_middle, size_inner, stride_outer, stride_middle, stride_inner, bound=None
+):  # fmt: skip
+    """Where each row begins. `bound` as in `row_numbers`, if it is known."""
+    if bound is not None:
+        outer, middle, inner = row_numbers(row, size_middle, size_inner, bound)
+    else:
+        if len(row.shape) == 2:
+            if row.shape[0] == 1:
+                # A program has one row where it is wide: memory holds fewer than 2^31 of them.
+                row = row.to(tl.int32)
+        outer = (row // size_inner // size_middle).to(tl.int64)
+        middle = (row // size_inner % size_middle).to(tl.int64)
+        inner = (row % size_inner).to(tl.int64)
     return outer * stride_outer + middle * stride_middle + inner * stride_inner
 
 
