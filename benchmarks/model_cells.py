@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from model_floor import without_norms
 from model_zoo import Rewind, decode, prefill
+from same_launches import counts
 from torch._inductor.utils import fresh_cache
 
 from normfuse.backend import patches
@@ -174,7 +175,7 @@ def _compiled(run: Contender, inputs: Any, rewind: Rewind, seconds: float | None
 
     `seconds` it took to compile before, in another order; None where nobody asks how long it takes.
     """
-    skips = _cudagraph_skips()
+    skips, launches = _cudagraph_skips(), counts.copy()
     is_cuda = torch.cuda.is_available()
     if is_cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -194,6 +195,7 @@ def _compiled(run: Contender, inputs: Any, rewind: Rewind, seconds: float | None
     except Exception as error:  # whatever a compiler raises must not end the other cells
         return {"failed": one_line(error)}
     found |= {"logits": logits, "cudagraph_skips": _cudagraph_skips() - skips}
+    found["launches"] = {name: counts[name] - launches[name] for name in ("timed", "known")}
     if is_cuda:
         found["peak_mb"] = (torch.cuda.max_memory_allocated() - before) / 1e6
     return found

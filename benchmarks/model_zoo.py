@@ -144,16 +144,29 @@ def prefill(model: Any, tokens: int) -> dict[str, Any]:
     return {"input_ids": ids, "use_cache": False}
 
 
+def prefill_cached(model: Any, tokens: int) -> dict[str, Any]:
+    """Inputs of a forward over one sequence, which fills a static cache."""
+    cache = _cache(model, 1, 1, tokens)
+    cache.reset()
+    return {**prefill(model, tokens), "past_key_values": cache, "use_cache": True}
+
+
+def _cache(model: Any, batch: int, filled: int, size: int) -> Any:
+    """A static cache that holds `filled` tokens of each sequence."""
+    from transformers import StaticCache
+
+    cache = StaticCache(config=model.config, max_cache_len=size)
+    prompt = torch.randint(3, 100, (batch, filled), device=model.device)
+    with torch.no_grad():
+        model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return cache
+
+
 def decode(
     model: Any, batch: int, *, filled: int = FILLED, cache_size: int = CACHE
 ) -> dict[str, Any]:
     """Inputs of a step of one token for each sequence, over a static cache with `filled` tokens."""
-    from transformers import StaticCache
-
-    cache = StaticCache(config=model.config, max_cache_len=cache_size)
-    prompt = torch.randint(3, 100, (batch, filled), device=model.device)
-    with torch.no_grad():
-        model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    cache = _cache(model, batch, filled, cache_size)
     return {
         "input_ids": torch.randint(3, 100, (batch, 1), device=model.device),
         "position_ids": torch.full((batch, 1), filled, device=model.device),

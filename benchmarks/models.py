@@ -5,7 +5,8 @@
 
 Real widths, random weights, few layers, a small vocabulary (`model_zoo.py`). Both contenders run
 under the CUDA graphs of `mode="reduce-overhead"`, and their replays take turns. Decoding is one
-token for each sequence, over a static cache that holds 512; every step is the same step.
+token for each sequence, over a static cache that holds 512; every step is the same step. A kernel
+of Inductor's that both contenders have has the same launch in both (`same_launches.py`).
 
 A result is compared with eager's before anything is timed, and one that is further from it than
 plain Inductor's allows is reported, not timed. Then, for each contender:
@@ -17,6 +18,7 @@ plain Inductor's allows is reported, not timed. Then, for each contender:
                  such as rsqrt, mean, cos or cat in their name. Whatever Inductor fused with them
                  counts, too (in decoding, the copies of the cache), and what was fused without us
                  may be a kernel of its own with us: do not compare the two, compare `compiled_us`
+    launches     kernels whose launch Inductor timed, and those that took that of a known one
     compile_s    of the first cell of a model: without caches, in one thread unless
                  TORCHINDUCTOR_COMPILE_THREADS says otherwise; the mean of two, in either order;
                  tracing included, running and trying launches not
@@ -55,6 +57,7 @@ from model_zoo import MODELS, build
 from models_summary import json_text, show, summary
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from same_launches import share_launches
 
 from normfuse.cli.bench.peers import one_line
 from normfuse.cli.bench.record import environment
@@ -111,6 +114,7 @@ def rows_of(
     shapes = TINY_CELLS if arguments.tiny else CELLS
     built: dict[str, Any] = {}
     _prepare(arguments.device, options)
+    share_launches()
     for cell, model in product(cells, models):
         row: Row = {"model": model, "cell": cell, "layers": arguments.layers}
         cold = cell == arguments.cells[0] and not arguments.no_compile_times

@@ -5,9 +5,9 @@
         --out normfuse/tuning/tables/nvidia_h200_training.json
 
 Real widths and heads (`model_zoo.py`), one layer of each kind, at least two, and random weights.
-Inference: each number of rows is a sequence without a cache and, up to 64, as many sequences that
-get their next token from a static cache, so that every cell of `models.py` is measured. Training: a
-forward and a backward of one sequence.
+Inference: each number of rows is a sequence without a cache, one that fills a static cache and, up
+to 64, as many sequences that get their next token from one, so that every cell of `models.py` is
+measured. Training: a forward and a backward of one sequence.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from model_zoo import MODELS, build, decode, prefill
+from model_zoo import MODELS, build, decode, prefill, prefill_cached
 
 ROWS = (1, 16, 64, 256, 512, 1024, 4096, 16384)
 TRAINING_ROWS = (4096, 8192)
@@ -40,17 +40,16 @@ def __getattr__(name: str) -> Callable[..., Any]:
 
 
 def inference(name: str, rows: int) -> tuple[Callable[[], Any], tuple[()], dict[str, Any]]:
-    """A forward of `rows` tokens, and steps of decoding in the same graph."""
+    """Forwards of `rows` tokens, and steps of decoding in the same graph."""
     model = build(name, DEVICE, None, tiny=TINY, num_experts=EXPERTS)
-    inputs = prefill(model, rows)
-    if rows > MOST_DECODED:
-        return model, (), inputs
-    step = decode(model, rows, filled=4, cache_size=8)
+    steps = [prefill(model, rows), prefill_cached(model, rows)]
+    if rows <= MOST_DECODED:
+        steps.append(decode(model, rows, filled=4, cache_size=8))
 
-    def both() -> Any:
-        return model(**inputs).logits, model(**step).logits
+    def run() -> Any:
+        return [model(**step).logits for step in steps]
 
-    return both, (), {}
+    return run, (), {}
 
 
 def training(name: str, rows: int) -> tuple[Any, tuple[()], dict[str, Any]]:
