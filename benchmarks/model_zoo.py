@@ -145,8 +145,8 @@ def prefill(model: Any, tokens: int) -> dict[str, Any]:
 
 
 def prefill_cached(model: Any, tokens: int) -> dict[str, Any]:
-    """Inputs of a forward over one sequence, which fills a static cache."""
-    cache = _cache(model, 1, 1, tokens)
+    """Inputs of a forward over one sequence, into a static cache with room for 8 tokens more."""
+    cache = _cache(model, 1, 1, tokens + 8)
     cache.reset()
     return {**prefill(model, tokens), "past_key_values": cache, "use_cache": True}
 

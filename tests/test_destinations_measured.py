@@ -178,3 +178,14 @@ def test_the_report_says_what_a_launch_writes_besides():
         "1 `rope` lowered to triton: "
         "its launch also writes 2 of what attention reads repeated 2 times"
     ]
+
+
+def test_a_cache_that_is_just_large_enough_is_measured_within_its_bounds(monkeypatch):
+    """On a GPU a place that is not there would end the process."""
+    model = Cached(places=TOKENS)
+    model.length.zero_()
+    region, _ = regions(model, *inputs(TOKENS), monkeypatch=monkeypatch)
+    (filled,) = measure.input_sets(region.inputs, 1)
+    before = [one.clone() for one in filled]
+    region.module(*filled)
+    assert sum(not torch.equal(a, b) for a, b in zip(before, filled, strict=True)) == 2

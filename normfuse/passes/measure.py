@@ -123,15 +123,21 @@ def compiled(region: Region, form: str) -> Form:
 
 
 def input_sets(specs: Sequence[Spec], count: int) -> list[list[torch.Tensor]]:
-    """Random inputs with the given strides, several times over."""
-    return [[_random(spec) for spec in specs] for _ in range(count)]
+    """Inputs with the given strides, several times over.
+
+    Floats are random. Integers are zero, since they may say where in a cache to write: the first
+    place is there however small the cache, and another one may end the CUDA context.
+    """
+    return [[_filled(spec) for spec in specs] for _ in range(count)]
 
 
-def _random(spec: Spec) -> torch.Tensor:
+def _filled(spec: Spec) -> torch.Tensor:
     if spec.dtype.is_floating_point:
         storage = torch.randn(spec.span, dtype=torch.float32, device=spec.device).to(spec.dtype)
-    else:
+    elif spec.dtype == torch.bool:
         storage = torch.ones(spec.span, dtype=spec.dtype, device=spec.device)
+    else:
+        storage = torch.zeros(spec.span, dtype=spec.dtype, device=spec.device)
     return storage.as_strided(spec.shape, spec.stride)
 
 
