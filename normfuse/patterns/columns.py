@@ -185,7 +185,7 @@ class Reader:
         moved: dict[Table | None, Any] = {}
         for key in keys:
             sources = self._run(node, key, "source")
-            tables = self._run(node, key, "table")
+            tables = _none(sources) if key is None else self._run(node, key, "table")
             if sources is None or tables is None:
                 return None
             moved[key] = sources, tables
@@ -303,6 +303,13 @@ class Reader:
     def _table(self, node: Node, part: str = "") -> Table:
         """One table for all nodes that view the same values in the same way."""
         return self._tables.setdefault((value_key(node, self._keys), part), Table(node, part))
+
+
+def _none(numbers: Any) -> Any:
+    """No column of any table, for what an operation made of column numbers."""
+    if isinstance(numbers, torch.Tensor):
+        return torch.zeros_like(numbers)
+    return numbers and [torch.zeros_like(some) for some in numbers]
 
 
 def _is_basic(index: Any) -> bool:

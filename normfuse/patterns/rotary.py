@@ -78,59 +78,65 @@ def _behind(last: Node, followed: list[Node]) -> list[Node]:
     return [node for node in followed if node in wanted]
 
 
+@dataclass(frozen=True)
+class _Numbers:
+    """The numbers of a term, as lists: comparing them is quicker than comparing tensors."""
+
+    source: list[int]
+    table: list[int]
+
+    @classmethod
+    def of(cls, term: Term) -> _Numbers:
+        return cls(term.source.flatten().tolist(), term.table.flatten().tolist())
+
+
 def _rotation(value: Columns, out: torch.dtype) -> tuple[Rotation, Table, Table] | None:
     tables = [table for table in value.terms if table is not None]
     if len(tables) != 2 or value.dtype is None:
         return None
-    terms = {key: _flat(term) for key, term in value.terms.items()}
-    width = terms[tables[0]].source.numel()
     fakes = [fake_of(table.node) for table in tables]
     if fakes[0].dtype != fakes[1].dtype or not same_sizes(fakes[0].shape, fakes[1].shape):
         return None  # a kernel addresses both in one way
+    terms = {key: _Numbers.of(term) for key, term in value.terms.items()}
+    width = len(terms[tables[0]].source)
+    passed = terms[None].source if None in terms else [0] * width
     for cos, sin in (tables, tables[::-1]):
-        turning = terms[cos].table.nonzero().flatten()
-        if turning.numel() == 0:
+        turning = [column for column, number in enumerate(terms[cos].table) if number]
+        if not turning or len(turning) % 2:
             continue
-        start, dim = int(turning[0]), turning.numel()
-        columns = slice(start, start + dim)
-        passed = terms.get(None, Term(torch.zeros(width), torch.zeros(width))).source
-        numbers = torch.arange(1, width + 1, dtype=torch.int32)
-        if dim % 2 or not torch.equal(terms[cos].source + passed, numbers) or passed[columns].any():
+        columns = slice(turning[0], turning[0] + len(turning))
+        whole = [sum(pair) for pair in zip(terms[cos].source, passed, strict=True)]
+        if whole != list(range(1, width + 1)) or any(passed[columns]):
             continue
         for is_back in (False, True):
-            turning_by = terms[sin].negated() if is_back else terms[sin]
-            layout = _layout(terms[cos], turning_by, numbers, columns)
+            layout = _layout(terms[cos], terms[sin], columns, is_back=is_back)
             if layout is None or not _is_only_at(terms[sin], columns):
                 continue
             if cos.part:
                 if is_back or cos.part != "real" or layout != "interleaved":
                     continue  # no op turns halves as complex numbers do
                 layout = "complex"
-            rotation = Rotation(layout, dim, value.dtype, out, start=start)
+            rotation = Rotation(layout, len(turning), value.dtype, out, start=turning[0])
             return rotation, cos, replace(sin, is_negated=is_back)
     return None
 
 
-def _flat(term: Term) -> Term:
-    return Term(term.source.flatten(), term.table.flatten())
+def _is_only_at(term: _Numbers, columns: slice) -> bool:
+    return not any(term.source[: columns.start] + term.source[columns.stop :])
 
 
-def _is_only_at(term: Term, columns: slice) -> bool:
-    elsewhere = term.source.clone()
-    elsewhere[columns] = 0
-    return not elsewhere.any()
-
-
-def _layout(cos: Term, sin: Term, numbers: torch.Tensor, columns: slice) -> str | None:
-    """Which columns turn together; the tables serve columns, or pairs of them."""
+def _layout(cos: _Numbers, sin: _Numbers, columns: slice, *, is_back: bool) -> str | None:
+    """Which columns turn together, back or not; the tables serve columns, or pairs of them."""
     dim = columns.stop - columns.start
-    pairs = torch.arange(1, dim // 2 + 1, dtype=torch.int32)
-    by_pair = {"half": torch.cat((pairs, pairs)), "interleaved": pairs.repeat_interleave(2)}
+    if cos.table[columns] != sin.table[columns]:
+        return None
+    pairs = list(range(1, dim // 2 + 1))
+    by_pair = {"half": pairs + pairs, "interleaved": [pair for pair in pairs for _ in range(2)]}
+    numbers = torch.arange(columns.start + 1, columns.stop + 1, dtype=torch.int32)
     for layout, angles in by_pair.items():
-        if torch.equal(sin.source[columns], partners(numbers[columns], layout)) and (
-            torch.equal(cos.table[columns], sin.table[columns])
-            and any(torch.equal(cos.table[columns], at) for at in (angles, numbers[:dim]))
-        ):
+        turned = partners(-numbers if is_back else numbers, layout).tolist()
+        at = cos.table[columns]
+        if sin.source[columns] == turned and (at == angles or at == list(range(1, dim + 1))):
             return layout
     return None
 
@@ -140,11 +146,18 @@ def laid_out(rotary: Rotary, x: torch.Tensor) -> Rotation:
     last = fake_of(rotary.last)
     for is_contiguous in (False, True):
         rotation = replace(rotary.rotation, is_contiguous=is_contiguous)
-        with fake_mode(rotary.last):
-            wanted = empty_result(x, rotation)
-        if same_layout(wanted, last):
+        if same_layout(_empty_result(x, rotation, rotary.last), last):
             return rotation
     raise Decline("the result is laid out neither as the normalised value nor contiguously")
+
+
+def _empty_result(x: torch.Tensor, rotation: Rotation, node: Node) -> torch.Tensor:
+    if not all(isinstance(size, int) for size in (*x.shape, *x.stride())):
+        with fake_mode(node):
+            return empty_result(x, rotation)
+    with unset_fake_temporarily():  # fakes take ten times as long
+        x = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+        return empty_result(x, rotation)
 
 
 def negations(rotary: Rotary) -> set[Node]:

@@ -14,13 +14,14 @@ from torch.fx import Node
 from normfuse.ops import QK_RMS_NORM, QK_RMS_NORM_ROPE, RMS_NORM
 from normfuse.ops.one_launch import MAX_NORMS
 from normfuse.patterns.columns import chain_of, value_key
-from normfuse.patterns.micro_ops import Kind, fake_of, micro_op, same_sizes, tensor
+from normfuse.patterns.micro_ops import Kind, MicroOp, fake_of, micro_op, same_sizes, tensor
 from normfuse.patterns.mutation import written_by
 from normfuse.patterns.rule import Context, emit, erase, existing_result, fakes_of, result
 
 aten = torch.ops.aten
 
 MAX_DISTANCE = 80  # nodes between two norms of one attention; the longest in use is 30
+MAX_ARRANGEMENTS = 40  # of a projection, before its norm; residuals would lead through all layers
 
 _REARRANGEMENTS: set[Any] = {
     *("transpose", "permute", "chunk", "split", "narrow", "unbind", "select", "unflatten"),
@@ -127,11 +128,12 @@ def projected(x: Node) -> Node | None:
 
 
 def _unarranged(x: Node) -> Node:
-    while True:
+    for _ in range(MAX_ARRANGEMENTS):
         source = _source(x)
         if source is None:
-            return x
+            break
         x = source
+    return x
 
 
 def _source(x: Node) -> Node | None:
@@ -147,12 +149,20 @@ def _source(x: Node) -> Node | None:
     op = micro_op(x)
     if x.target in _REARRANGEMENTS or (op is not None and op.kind in (Kind.CAST, Kind.VIEW)):
         return x.args[0] if isinstance(x.args[0], Node) else None
-    if op is not None and op.kind in (Kind.MUL, Kind.ADD, Kind.SUB):
+    if op is not None and (op.kind is Kind.MUL or _is_sum_of_product(op)):
         for operand in op.operands:
             fake = tensor(operand)
             if fake is not None and same_sizes(fake.shape, fake_of(x).shape):
                 return operand if isinstance(operand, Node) else None
     return None
+
+
+def _is_sum_of_product(op: MicroOp) -> bool:
+    """As a rotation is, and a residual is not, unless it is scaled."""
+    if op.kind not in (Kind.ADD, Kind.SUB):
+        return False
+    terms = [micro_op(term) for term in op.operands if isinstance(term, Node)]
+    return any(term is not None and term.kind is Kind.MUL for term in terms)
 
 
 def join(left: Part, right: Part, context: Context) -> Node | None:
