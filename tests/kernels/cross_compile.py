@@ -88,10 +88,14 @@ def _source(kernel: Any, runtime: dict[str, Any], constants: dict[str, Any]) -> 
             constants.setdefault(name, value)
             continue
         is_pointer = isinstance(value, torch.Tensor)
-        signature[name] = _POINTERS[value.dtype] if is_pointer else "i32"
+        signature[name] = _POINTERS[value.dtype] if is_pointer else _integer(value)
         if is_pointer or value % 16 == 0:
             attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constants, attributes)
+
+
+def _integer(value: int) -> str:
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
 def compile_kernel(

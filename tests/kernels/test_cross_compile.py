@@ -52,6 +52,14 @@ def test_heads_that_go_elsewhere_do_not_spill(into, target, tmp_path):
         assert found["spilled"] == 0, (width, tokens)
 
 
+@pytest.mark.parametrize(("tokens", "bits"), [(8192, {"32"}), (2**27, {"32", "64"})])
+def test_rows_are_divided_in_32_bits_where_their_number_fits(tokens, bits):
+    """In 64 it is a call into a hundred instructions, and nothing is read before."""
+    for into in ("", "caches"):
+        compiled = cross_compile.compile_heads(128, BF16, "half", "sm_90", tokens, into)
+        assert set(re.findall(r"\b(?:div|rem)\.[su](\d+)", compiled.asm["ptx"])) == bits
+
+
 def test_nothing_is_read_behind_the_check_of_a_position():
     """It is a barrier: what is read behind it would wait for the position first."""
     as_inductor = {"debug": True, "sanitize_overflow": False}

@@ -1,4 +1,4 @@
-"""How tensors of any strides are laid out and addressed as rows: no kernel runs here."""
+"""How tensors of any strides are laid out and addressed as rows."""
 
 from itertools import permutations, product
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from normfuse.ops.kernels.rows import addressed, empty_sum, row_order
+from tests.kernels import interpreted
 
 SHAPE = (2, 3, 4, 5)
 
@@ -66,3 +67,22 @@ def _positions(tensor):
     """The offset of every element."""
     grids = torch.meshgrid(*(torch.arange(size) for size in tensor.shape), indexing="ij")
     return sum(grid * stride for grid, stride in zip(grids, tensor.stride(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("first", "bound"),
+    [(0, 100), (2**31 - 5, 2**31 - 1), (2**31 - 5, 2**31 + 3), (2**40, 2**40 + 8)],
+    ids=["few", "up to the last of 32 bits", "one bit more", "many more"],
+)
+def test_rows_are_numbered_along_three_axes(first, bound, interpreter):
+    """The last tile may go on behind the last row: those numbers are used for nothing."""
+    middle, inner = 7, 12
+    numbers = torch.empty(8, 3, dtype=torch.int64).share_memory_()
+    names = ("numbers_ptr", "first", "bound", "size_middle", "size_inner", "ROWS")
+    arguments = dict(zip(names, (numbers, first, bound, middle, inner, 8), strict=True))
+    kernel = ("tests.kernels.row_numbers", "row_numbers_kernel", (1,))
+    interpreter.submit(interpreted.run, *kernel, arguments).result()
+
+    rows = range(first, min(first + 8, bound))
+    expected = [[row // inner // middle, row // inner % middle, row % inner] for row in rows]
+    assert numbers[: len(rows)].tolist() == expected
