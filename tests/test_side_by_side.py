@@ -59,6 +59,36 @@ def test_a_module_of_torch_without_rope_joins(dtype):
     assert found == (["qk_rms_norm"] * 2, ["qk_rms_norm"])
 
 
+class Sum(torch.nn.Module):
+    """A projection, and something that is added to it."""
+
+    def __init__(self, projection, kind):
+        super().__init__()
+        rows, columns = projection.weight.shape
+        self.projection, self.kind = projection, kind
+        self.bias = torch.nn.Parameter(torch.randn(rows))
+        self.down = torch.nn.Linear(columns, 4, bias=False)
+        self.up = torch.nn.Linear(4, rows, bias=False)
+
+    def forward(self, x):
+        if self.kind == "bias":
+            return self.projection(x) + self.bias
+        adapter = self.up(self.down(x))
+        return self.projection(x) + (adapter * 2 if self.kind == "scaled adapter" else adapter)
+
+
+@DTYPES
+@pytest.mark.parametrize("kind", ["bias", "adapter", "scaled adapter"])
+def test_a_projection_may_be_a_sum(kind, dtype):
+    def unturned(x, cos, sin):
+        return x
+
+    block = rotary.NormAfterTranspose(unturned)
+    block.q_proj, block.k_proj = Sum(block.q_proj, kind), Sum(block.k_proj, kind)
+    found = ops(block.to(dtype), rotary.hidden_states(dtype), *rotary.tables(dtype))
+    assert found == (["qk_rms_norm"] * 2, ["qk_rms_norm"])
+
+
 def test_tables_are_compared_in_one_walk():
     """A value that is used twice at every step has 2^200 paths to it."""
     graph = torch.fx.Graph()

@@ -149,20 +149,27 @@ def _source(x: Node) -> Node | None:
     op = micro_op(x)
     if x.target in _REARRANGEMENTS or (op is not None and op.kind in (Kind.CAST, Kind.VIEW)):
         return x.args[0] if isinstance(x.args[0], Node) else None
-    if op is not None and (op.kind is Kind.MUL or _is_sum_of_product(op)):
-        for operand in op.operands:
-            fake = tensor(operand)
-            if fake is not None and same_sizes(fake.shape, fake_of(x).shape):
-                return operand if isinstance(operand, Node) else None
+    if op is not None and op.kind in (Kind.MUL, Kind.ADD, Kind.SUB):
+        return _main_operand(x, op)
     return None
 
 
-def _is_sum_of_product(op: MicroOp) -> bool:
-    """As a rotation is, and a residual is not, unless it is scaled."""
-    if op.kind not in (Kind.ADD, Kind.SUB):
-        return False
-    terms = [micro_op(term) for term in op.operands if isinstance(term, Node)]
-    return any(term is not None and term.kind is Kind.MUL for term in terms)
+def _main_operand(x: Node, op: MicroOp) -> Node | None:
+    """What is scaled, turned or gets a bias; None of a residual, which leads through all layers."""
+    shape = fake_of(x).shape
+    whole = [
+        operand
+        for operand in op.operands
+        if isinstance(operand, Node)
+        and (fake := tensor(operand)) is not None
+        and same_sizes(fake.shape, shape)
+    ]
+    projections = [operand for operand in whole if operand.target in _PROJECTIONS]
+    if projections or not whole:
+        return projections[0] if projections else None
+    kinds = [found.kind for found in map(micro_op, whole) if found is not None]
+    is_residual = op.kind is not Kind.MUL and len(whole) == 2 and Kind.MUL not in kinds
+    return None if is_residual else whole[0]
 
 
 def join(left: Part, right: Part, context: Context) -> Node | None:

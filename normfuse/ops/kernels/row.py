@@ -300,6 +300,7 @@ def _divided(number, size, bound):
     if isinstance(size, int):
         quotient, remainder = number // size, number % size
     else:
+        # Of the sum, since a bound of one is a constant, and has no type.
         if (tl.program_id(0) + bound).dtype == tl.int32:
             number, size = number.to(tl.uint32), size.to(tl.uint32)
         quotient, remainder = (number // size).to(tl.int64), (number % size).to(tl.int64)
