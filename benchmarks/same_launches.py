@@ -12,13 +12,14 @@ from collections import Counter
 from functools import wraps
 from typing import Any
 
+import torch
 from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
 counts = Counter[str]()  # of kernels that were "timed", and that took the launch of a "known" one
 
 
 def share_launches() -> None:
-    """From now on a kernel takes the launch that was found for one of the same text and sizes."""
+    """From now on a kernel takes the launch that was found for the same text, types and sizes."""
     measure = CachingAutotuner.benchmark_all_configs
     found: dict[tuple[str, ...], str] = {}
 
@@ -26,8 +27,7 @@ def share_launches() -> None:
     def known_or_measured(tuner: Any, *args: Any, **kwargs: Any) -> dict[Any, float]:
         launchers = {str(launcher.config): launcher for launcher in tuner.launchers}
         text = re.sub(rf"\b{tuner.fn.__name__}\b", "", tuner.fn.src)
-        sizes = [str(arg) for arg in args if isinstance(arg, int)]
-        key = (text, *sizes, *sorted(launchers))
+        key = (text, *map(_described, args), *sorted(launchers))
         counts["known" if key in found else "timed"] += 1
         if key in found:
             return {launcher: name != found[key] for name, launcher in launchers.items()}
@@ -36,3 +36,7 @@ def share_launches() -> None:
         return times
 
     CachingAutotuner.benchmark_all_configs = known_or_measured
+
+
+def _described(argument: Any) -> str:
+    return str(argument.dtype if isinstance(argument, torch.Tensor) else argument)

@@ -276,7 +276,7 @@ def test_section_of_the_readme_says_what_norms_cost_where_that_was_measured():
 def test_a_kernel_takes_the_launch_of_one_with_another_name(monkeypatch):
     same_launches = benchmark("same_launches")
     tuner, launcher = same_launches.CachingAutotuner, namedtuple("launcher", "config")
-    times = iter([1, 2, 2, 1, 2, 1, 1, 2])  # of both launches, each time that they are timed
+    times = iter([1, 2, 2, 1, 2, 1, 2, 1, 1, 2])  # of both launches, each time that they are timed
 
     def timed(self, *args):
         return {one: next(times) for one in self.launchers}
@@ -285,16 +285,17 @@ def test_a_kernel_takes_the_launch_of_one_with_another_name(monkeypatch):
     monkeypatch.setattr(same_launches, "counts", Counter())
     same_launches.share_launches()
 
-    def fastest(name, size, *launches, text="load, store"):
+    def fastest(name, size, *launches, text="load, store", dtype=torch.bfloat16):
         kernel = object.__new__(tuner)
         kernel.fn = SimpleNamespace(__name__=name, src=f"def {name}({size}): {text}")
         kernel.launchers = list(map(launcher, launches))
-        found = kernel.benchmark_all_configs(torch.ones(1), size)
+        found = kernel.benchmark_all_configs(torch.ones(1, dtype=dtype), size)
         return min(found, key=found.get).config
 
     assert fastest("poi_3", 64, "narrow", "wide") == "narrow"
     assert fastest("poi_7", 64, "narrow", "wide") == "narrow"
     assert fastest("poi_7", 32, "narrow", "wide") == "wide"
     assert fastest("poi_3", 64, "narrow", "wide", text="load, add, store") == "wide"
+    assert fastest("poi_3", 64, "narrow", "wide", dtype=torch.float32) == "wide"
     assert fastest("poi_3", 64, "narrow", "wider") == "narrow"
-    assert same_launches.counts == {"timed": 4, "known": 1}
+    assert same_launches.counts == {"timed": 5, "known": 1}
