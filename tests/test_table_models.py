@@ -33,13 +33,15 @@ def subject(name, rows):
     return Subject(name, model, args, kwargs)
 
 
-def test_steps_of_decoding_are_covered():
-    """Prefill is: it is the same graph. Their heads have other neighbours."""
+@pytest.mark.parametrize("cell", ["decode", "prefill_cached"])
+def test_forwards_over_a_cache_are_covered(cell):
+    """Prefill without one is: it is the same graph. Their heads have other neighbours."""
     name, table = "qwen3_8b", Table()
     for region in regions_of(subject(name, 8)):
         table.add(Entry(region.key, Measurement(region.rows, region.neighbours, 20.0, 10.0)))
     model = model_zoo.build(name, "cpu", 2, tiny=True)
-    step = model_zoo.decode(model, 8, filled=3, cache_size=6)
+    settings = {"filled": 3, "cache_size": 6} if cell == "decode" else {}
+    step = getattr(model_zoo, cell)(model, 8, **settings)
     regions = regions_of(Subject(name, model, (), step))
     assert len(regions) == 4  # that of the heads with its copies, and alone
     for region in regions:
