@@ -81,7 +81,7 @@ def launched(
     choice: Any = None
     if candidate is not None and what.cell.op in QK:
         tile = HeadsLaunch(candidate.block, candidate.num_warps, candidate.rows, programs=0)
-        choice = mock.patch.object(HeadsLaunch, "for_slots", return_value=tile)
+        choice = mock.patch.object(HeadsLaunch, "for_widths", return_value=tile)
     elif candidate is not None:
         launch = Launch(*candidate, candidate.reads, candidate.reads)
         choice = mock.patch.object(Launch, "for_shape", return_value=launch)

@@ -22,7 +22,10 @@ def repeat_kv(x, copies):
 
 
 class Attention(nn.Module):
-    """Projections, norms of the heads if `normed`, rotary embedding, caches, attention."""
+    """Projections, norms if `normed`, rotary embedding, caches, attention.
+
+    The norms are those of each head or, if `normed` is "jointly", of whole projections.
+    """
 
     def __init__(self, width=16, *, normed=True, key_heads=KEY_HEADS, places=PLACES):
         super().__init__()
@@ -30,8 +33,9 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(32, HEADS * width, bias=False)
         self.k_proj = nn.Linear(32, key_heads * width, bias=False)
         self.v_proj = nn.Linear(32, key_heads * width, bias=False)
+        counts = (HEADS, key_heads) if normed == "jointly" else (1, 1)
         if normed:
-            self.q_norm, self.k_norm = LlamaRMSNorm(width), LlamaRMSNorm(width)
+            self.q_norm, self.k_norm = (LlamaRMSNorm(num * width) for num in counts)
         for name in ("keys", "values"):
             self.register_buffer(name, torch.randn(BATCH, key_heads, places, width))
         self.register_buffer("length", torch.tensor(3))
@@ -39,8 +43,11 @@ class Attention(nn.Module):
 
     def heads(self, x, cos, sin):
         shape = (*x.shape[:-1], -1, self.width)
-        q, k, v = (proj(x).view(shape) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        if self.normed:
+        q, k, v = (proj(x) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.normed == "jointly":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (one.view(shape) for one in (q, k, v))
+        if self.normed is True:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (one.transpose(1, 2) for one in (q, k, v))
         return turned(q, cos, sin), turned(k, cos, sin), v

@@ -60,7 +60,7 @@ def copied(operands):
     ]
 
 
-@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize("normed", [True, False, "jointly"])
 @pytest.mark.parametrize("tokens", [1, TOKENS])
 def test_a_key_and_its_value_are_written_into_their_caches(tokens, normed):
     graph = inference_graph(Cached(normed=normed), *inputs(tokens))
@@ -84,7 +84,7 @@ def test_positions_may_be_given():
     assert operands["position_2_ptr"].op == "placeholder"
 
 
-@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize("normed", [True, False, "jointly"])
 def test_without_a_cache_both_are_repeated(normed):
     graph = inference_graph(Uncached(normed=normed), *inputs(TOKENS))
     assert copied(launch_of(graph)) == [0, 2, 2]

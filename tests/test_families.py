@@ -63,14 +63,14 @@ OPS = {
         "rms_norms": 2,
         "dual_rms_norm_add_rms_norm": 2,
     },
-    "olmo2": {"qk_rms_norm": 2, "rms_norm_add": 3, "rms_norm_add_rms_norm": 1},
-    "olmo3": {"qk_rms_norm": 2, "rms_norm_add": 3, "rms_norm_add_rms_norm": 1},
+    "olmo2": {"qk_rms_norm_rope": 2, "rms_norm_add": 3, "rms_norm_add_rms_norm": 1},
+    "olmo3": {"qk_rms_norm_rope": 2, "rms_norm_add": 3, "rms_norm_add_rms_norm": 1},
 }
 LAYERS = {"llama4_text": 4}
 # No norm stands right before the rotary embeddings of their two layers that turn.
 TURNED = {
     *("llama", "mistral", "qwen2", "phi3", "gemma", "granite", "moshi", "gpt_oss", "diffllama"),
-    *("llama4_text", "gemma2", "glm4", "olmo2", "olmo3"),
+    *("llama4_text", "gemma2", "glm4"),
 }
 
 

@@ -7,35 +7,12 @@ holds the row. The same holds for a value, which nobody normalises or turns: it 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-
-class Layout(NamedTuple):
-    """Where the rows of a result (..., N) lie in memory.
-
-    Attributes:
-        memory: what is written to, and what the launch returns.
-        strides: of the leading axes of the result; 0 for the axis that is placed.
-        axis: the leading axis whose rows go where `positions` says; None if every row has a place.
-        places: how many there are along that axis.
-        stride: from one place to the next.
-        positions: of the rows along that axis, or of the first of them; integers.
-        counts_up: whether `positions` is that of the first row, and the others follow it.
-        copies: how often each row is written.
-        copy_stride: from one copy to the next.
-    """
-
-    memory: torch.Tensor
-    strides: tuple[Any, ...]
-    axis: int | None = None
-    places: Any = None
-    stride: Any = None
-    positions: torch.Tensor | None = None
-    counts_up: bool = False
-    copies: int = 1
-    copy_stride: Any = None
+if TYPE_CHECKING:
+    from normfuse.ops.kernels.rows import Layout
 
 
 class Cached(NamedTuple):
@@ -59,6 +36,8 @@ class Cached(NamedTuple):
 
     def layout(self, x: torch.Tensor, dtype: torch.dtype) -> Layout:
         """Where the rows of a result as large as x lie; `dtype` is that of the cache."""
+        from normfuse.ops.kernels.rows import Layout
+
         assert dtype == self.memory.dtype
         strides: list[Any] = [0] * x.dim()
         for axis, dim in enumerate(self.dims):
@@ -85,6 +64,8 @@ class Repeated(NamedTuple):
 
     def layout(self, x: torch.Tensor, dtype: torch.dtype) -> Layout:
         """Where the rows of a result of type `dtype` that is as large as x lie."""
+        from normfuse.ops.kernels.rows import Layout
+
         shape = [x.shape[dim] for dim in self.dims]
         shape.insert(self.axis, self.copies)
         memory = torch.empty(shape, dtype=dtype, device=x.device)

@@ -23,6 +23,7 @@ from normfuse.ops.dual_rms_norm_add_rms_norm import (
 )
 from normfuse.ops.gated_rms_norm import GATED_RMS_NORM, gated_rms_norm_reference
 from normfuse.ops.gating import Gating
+from normfuse.ops.joint import obstacle_to_joint_norms
 from normfuse.ops.l2_norm import L2_NORM, l2_norm_reference
 from normfuse.ops.lowering_backward import BACKWARD_LAUNCHES, BACKWARD_REFERENCES
 from normfuse.ops.modulated_rms_norm import MODULATED_RMS_NORM, modulated_rms_norm_reference
@@ -105,10 +106,18 @@ def obstacle_to_kernel(op: Any, arguments: tuple[Any, ...]) -> str | None:
         if isinstance(value, torch.SymFloat):
             return "eps or a scale is symbolic, and the kernel is compiled for its value"
     if op in (QK_RMS_NORM, QK_RMS_NORM_ROPE, ROPE, QK_RMS_NORM_ROPE_BACKWARD):
-        obstacle = obstacle_to_one_launch(activations)
+        obstacle = obstacle_to_one_launch(activations) or _obstacle_to_joint_norms(op, arguments)
         if obstacle is not None:
             return obstacle
     return None if find_spec("triton") else "triton is not installed"
+
+
+def _obstacle_to_joint_norms(op: Any, arguments: tuple[Any, ...]) -> str | None:
+    if op not in (QK_RMS_NORM, QK_RMS_NORM_ROPE):
+        return None
+    xs, weights, *rest = arguments
+    cos, plans = (rest[0], rest[-2]) if op is QK_RMS_NORM_ROPE else (None, rest[-1])
+    return obstacle_to_joint_norms(xs, weight_of_each(weights, plans), cos)
 
 
 def _launch_rms_norm(wrap: Any, used: tuple[bool, ...], *arguments: Any) -> Any:

@@ -12,6 +12,15 @@ from typing import Any, NamedTuple
 
 import torch
 
+from normfuse.ops.joint import (
+    apart,
+    empty_statistic,
+    heads_axis,
+    joined,
+    laid_out_as,
+    num_joint,
+    obstacle_to_joint_norms,
+)
 from normfuse.ops.one_launch import obstacle_to_one_launch
 from normfuse.ops.qk_rms_norm_rope_backward import (
     QK_RMS_NORM_ROPE_BACKWARD,
@@ -27,7 +36,7 @@ from normfuse.ops.rms_norm import (
 from normfuse.ops.rms_norm_backward import norm_gradients
 from normfuse.ops.rms_norms import weight_of_each
 from normfuse.ops.rounding import RoundingPlan
-from normfuse.ops.validation import check_activation, check_eps, check_weight
+from normfuse.ops.validation import check_activation, check_eps, check_weight_of_heads
 
 SCHEMA = (
     "qk_rms_norm(Tensor[] xs, Tensor[] weights, float[] eps, float[] offsets, str[] plans)"
@@ -54,14 +63,23 @@ def qk_rms_norm_reference(
 ) -> list[torch.Tensor]:
     """The meaning: n tensors (..., N_i) -> their norms, and then their n rstd (..., 1).
 
-    `weights` holds one (N_i,) for each plan that has a weight.
+    `weights` holds one for each plan that has a weight: (N_i,), or (H, 1, ..., N_i) for a norm over
+    the axis of that many heads, too, along which its rstd has one element.
     """
     slots = zip(xs, weight_of_each(weights, plans), eps, offsets, plans, strict=True)
-    norms = [
-        rms_norm_reference(x, weight, None, eps, offset, plan)
-        for x, weight, eps, offset, plan in slots
-    ]
+    norms = [norm_reference(*slot) for slot in slots]
     return [y for y, _ in norms] + [rstd for _, rstd in norms]
+
+
+def norm_reference(
+    x: torch.Tensor, weight: torch.Tensor | None, eps: float, offset: float, plan: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    axis = heads_axis(weight)
+    if axis is None or weight is None:
+        return rms_norm_reference(x, weight, None, eps, offset, plan)
+    rows, vector = joined(x, axis), weight.flatten()
+    y, rstd = rms_norm_reference(rows, vector, None, eps, offset, plan)
+    return laid_out_as(y, axis, x), apart(rstd, axis, 1)
 
 
 def qk_rms_norm_fake(
@@ -72,10 +90,19 @@ def qk_rms_norm_fake(
     plans: Sequence[str],
 ) -> list[torch.Tensor]:
     slots = zip(xs, weight_of_each(weights, plans), eps, offsets, plans, strict=True)
-    norms = [
-        rms_norm_fake(x, weight, None, eps, offset, plan) for x, weight, eps, offset, plan in slots
-    ]
+    norms = [_norm_fake(*slot) for slot in slots]
     return [y for y, _ in norms] + [rstd for _, rstd in norms]
+
+
+def _norm_fake(
+    x: torch.Tensor, weight: torch.Tensor | None, eps: float, offset: float, plan: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    axis = heads_axis(weight)
+    if axis is None:
+        return rms_norm_fake(x, weight, None, eps, offset, plan)
+    steps = RoundingPlan.parse(plan)
+    rstd = empty_statistic(x, axis, steps.compute)
+    return torch.empty_like(x, dtype=steps.out), rstd
 
 
 def _cuda(
@@ -85,12 +112,12 @@ def _cuda(
     offsets: Sequence[float],
     plans: Sequence[str],
 ) -> Any:
-    if obstacle_to_one_launch(xs) is not None:
+    each = weight_of_each(weights, plans)
+    if (obstacle_to_one_launch(xs) or obstacle_to_joint_norms(xs, each)) is not None:
         return qk_rms_norm_reference(xs, weights, eps, offsets, plans)
     from normfuse.ops.kernels.qk_rms_norm import launch
 
-    parsed = [RoundingPlan.parse(plan) for plan in plans]
-    return launch(xs, weight_of_each(weights, plans), eps, offsets, parsed)
+    return launch(xs, each, eps, offsets, [RoundingPlan.parse(plan) for plan in plans])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Sequence[torch.Tensor]) -> None:
@@ -103,7 +130,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Sequence[torch.Ten
 def _backward(ctx: Any, grads: Gradients) -> Any:
     num = len(ctx.plans)
     norms = (*split_saved(ctx.saved_tensors, ctx.plans), ctx.eps, ctx.offsets, ctx.plans)
-    if needs_plain_torch() or any(grad is not None for grad in grads[num:]):
+    is_joint = any(map(heads_axis, norms[1]))
+    if is_joint or needs_plain_torch() or any(grad is not None for grad in grads[num:]):
         return *norms_backward(grads[:num], grads[num:], *norms), None, None, None
     mask = ctx.needs_input_grad[:2]
     return *norms_gradients(grads[:num], *norms, None, None, ["none"] * num, mask), *(None,) * 3
@@ -171,16 +199,29 @@ def norms_backward(
     plans: Sequence[str],
 ) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
     """The gradients of every x, and of the weights that there are."""
+    each = weight_of_each(weights, plans)
+    axes = [heads_axis(weight) for weight in each]
+    grad_ys, grad_rstds, rows = (_all_joined(all_, axes) for all_ in (grad_ys, grad_rstds, xs))
+    rstds = inverse_roots(rows, _all_joined(rstds, axes), eps, plans)
     grad_xs, grad_weights = [], []
-    rstds = inverse_roots(xs, rstds, eps, plans)
-    for grad_y, grad_rstd, x, weight, rstd, offset in zip(
-        grad_ys, grad_rstds, xs, weight_of_each(weights, plans), rstds, offsets, strict=True
+    for grad_y, grad_rstd, x, weight, rstd, offset, axis in zip(
+        grad_ys, grad_rstds, rows, each, rstds, offsets, axes, strict=True
     ):
-        grad_x, grad_weight = norm_gradients(grad_y, grad_rstd, x, weight, rstd, offset)
-        grad_xs.append(grad_x.to(x.dtype))
+        vector = weight.flatten() if weight is not None else None
+        grad_x, grad_weight = norm_gradients(grad_y, grad_rstd, x, vector, rstd, offset)
+        grad_x = grad_x.to(x.dtype)
+        if axis is not None:
+            grad_x = apart(grad_x, axis, num_joint(weight))
+        grad_xs.append(grad_x)
         if weight is not None:
-            grad_weights.append(grad_weight)
+            grad_weights.append(None if grad_weight is None else grad_weight.view(weight.shape))
     return grad_xs, grad_weights
+
+
+def _all_joined(tensors: Gradients, axes: Sequence[int | None]) -> list[Any]:
+    """Tensors of heads as the norms see them: those of joint ones with all heads in a row."""
+    pairs = zip(tensors, axes, strict=False)
+    return [one if one is None or axis is None else joined(one, axis) for one, axis in pairs]
 
 
 QK_RMS_NORM = register(
@@ -225,7 +266,7 @@ def checked_norms(
         slots.append(("v", v, None, None))
     for name, x, weight, plan in slots:
         check_activation(name, x)
-        check_weight(f"weight_{name}", weight, x)
+        check_weight_of_heads(f"weight_{name}", weight, x)
         steps = plan or RoundingPlan.once(x.dtype, None if weight is None else weight.dtype)
         check_plan(f"plan_{name}", steps, weight)
         norms.xs.append(x)
@@ -253,8 +294,9 @@ def qk_rms_norm(
     Args:
         q: (..., N), float16, bfloat16, float32 or float64; rows of any stride.
         k: (..., M), any of these types.
-        weight_q: (N,) or None.
-        weight_k: (M,) or None.
+        weight_q: (N,), or None, or (H, 1, ..., N): then q is (..., H, ..., N), and each norm runs
+            over all H heads of a token.
+        weight_k: (M,), or None, or that of all heads of k.
         eps: added to the mean of the squares.
         v: (..., L) or None; normalised without a weight.
         offset: added to the weights; 1.0 for Gemma 3.

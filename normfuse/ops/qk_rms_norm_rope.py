@@ -1,7 +1,8 @@
 """Per-head norms of queries and keys, then rotary embedding: Qwen 3, Gemma 3, GLM 4, EXAONE 4.
 
 y_i = rotated(x_i / sqrt(mean(x_i^2) + eps_i) * (weight_i + offset_i); cos, sin), each head alone.
-A value (Gemma 4's, without a weight) may stand beside them and is not turned.
+A value (Gemma 4's, without a weight) may stand beside them and is not turned. A norm may also run
+over all heads of a token, each of which turns alone: OLMo 2, MiniMax M2.
 """
 
 from __future__ import annotations
@@ -11,20 +12,22 @@ from typing import Any
 
 import torch
 
+from normfuse.ops.joint import heads_axis, obstacle_to_joint_norms
 from normfuse.ops.one_launch import obstacle_to_one_launch
 from normfuse.ops.qk_rms_norm import (
     Gradients,
     QKRMSNorm,
     checked_norms,
+    norm_reference,
     norms_backward,
     norms_gradients,
     qk_rms_norm_fake,
     qk_rms_norm_reference,
     split_saved,
 )
-from normfuse.ops.qk_rms_norm_rope_backward import inverse_roots, kept_rstds
+from normfuse.ops.qk_rms_norm_rope_backward import kept_rstds
 from normfuse.ops.registration import needs_plain_torch, register
-from normfuse.ops.rms_norm import rms_norm_reference
+from normfuse.ops.rms_norm_backward import accumulation_dtype
 from normfuse.ops.rms_norms import weight_of_each
 from normfuse.ops.rotation import (
     Rotation,
@@ -90,14 +93,15 @@ def _cuda(
     plans: Sequence[str],
     rotations: Sequence[str],
 ) -> Any:
-    if obstacle_to_one_launch(xs) is not None:
+    each = weight_of_each(weights, plans)
+    if (obstacle_to_one_launch(xs) or obstacle_to_joint_norms(xs, each, cos)) is not None:
         norms = eps, offsets, plans, rotations
         return qk_rms_norm_rope_reference(xs, weights, cos, sin, *norms)
     from normfuse.ops.kernels.qk_rms_norm_rope import launch
 
     parsed = [RoundingPlan.parse(plan) for plan in plans]
     turns = [Rotation.parse(rotation) for rotation in rotations]
-    return launch(xs, weight_of_each(weights, plans), cos, sin, eps, offsets, parsed, turns)
+    return launch(xs, each, cos, sin, eps, offsets, parsed, turns)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Sequence[torch.Tensor]) -> None:
@@ -110,9 +114,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Sequence[torch.Ten
 def _backward(ctx: Any, grads: Gradients) -> Any:
     num = len(ctx.plans)
     tables_learn = any(ctx.needs_input_grad[2:4])
-    if needs_plain_torch() or tables_learn or any(grad is not None for grad in grads[num:]):
-        return _plain_gradients(ctx, grads)
     cos, sin, *saved = ctx.saved_tensors
+    is_joint = any(map(heads_axis, split_saved(saved, ctx.plans)[1]))
+    is_plain = needs_plain_torch() or tables_learn or is_joint
+    if is_plain or any(grad is not None for grad in grads[num:]):
+        return _plain_gradients(ctx, grads)
     norms = (*split_saved(saved, ctx.plans), ctx.eps, ctx.offsets, ctx.plans)
     wanted = ctx.needs_input_grad[:2]
     gradients = norms_gradients(grads[:num], *norms, cos, sin, ctx.rotations, wanted)
@@ -122,22 +128,22 @@ def _backward(ctx: Any, grads: Gradients) -> Any:
 def _plain_gradients(ctx: Any, grads: Gradients) -> Any:
     num = len(ctx.plans)
     cos, sin, *saved = ctx.saved_tensors
-    xs, weights, kept = split_saved(saved, ctx.plans)
-    rstds = inverse_roots(xs, kept, ctx.eps, ctx.plans)
+    xs, weights, rstds = split_saved(saved, ctx.plans)
     grad_ys: list[torch.Tensor | None] = []
     grad_tables = [torch.zeros_like(cos), torch.zeros_like(sin)]
     norms = zip(
         xs, weight_of_each(weights, ctx.plans), ctx.eps, ctx.offsets, ctx.plans, strict=True
     )
     turns = map(Rotation.parse, ctx.rotations)
-    for grad, rotation, (x, weight, *norm), rstd in zip(grads, turns, norms, rstds, strict=False):
+    for grad, rotation, (x, weight, *norm) in zip(grads, turns, norms, strict=False):
         if grad is None or rotation is None:
             grad_ys.append(grad)
             continue
-        wide = grad.to(rstd.dtype)
+        compute = RoundingPlan.parse(norm[-1]).compute
+        wide = grad.to(accumulation_dtype(torch.promote_types(x.dtype, compute)))
         grad_ys.append(rotated_backward(wide, cos, sin, rotation))
         if any(ctx.needs_input_grad[2:4]):
-            y, _ = rms_norm_reference(x, weight, None, *norm)
+            y, _ = norm_reference(x, weight, *norm)
             found = table_gradients(wide, y, cos, sin, rotation)
             grad_tables = [a + b for a, b in zip(grad_tables, found, strict=True)]
     grad_xs, grad_weights = norms_backward(
@@ -180,8 +186,9 @@ def qk_rms_norm_rope(
         cos: (..., R) or (..., R / 2), broadcasting against q and k; R is `rotary_dim`. R / 2
             columns hold one angle for each pair of columns.
         sin: the shape and type of cos.
-        weight_q: (D,) or None.
-        weight_k: (D,) or None.
+        weight_q: (D,), or None, or (H, 1, ..., D): then q is (..., H, ..., D), and each norm runs
+            over all H heads of a token, as in OLMo 2.
+        weight_k: (D,), or None, or that of all heads of k.
         eps: added to the mean of the squares.
         v: (..., N) or None; normalised without a weight, and not turned.
         layout: `"half"` turns columns j and j + R / 2 together, `"interleaved"` and `"complex"`

@@ -39,6 +39,22 @@ def check_weight(name: str, weight: torch.Tensor | None, x: torch.Tensor) -> Non
     check_device(name, weight, x)
 
 
+def check_weight_of_heads(name: str, weight: torch.Tensor | None, x: torch.Tensor) -> None:
+    """`weight` must be as in `check_weight`, or (H, 1, ..., N) for an x of (..., H, ..., N)."""
+    if weight is None or weight.dim() == 1:
+        check_weight(name, weight, x)
+        return
+    check_activation(name, weight)
+    fits = 2 <= weight.dim() <= x.dim() and weight.shape[-1] == x.shape[-1]
+    if not fits or weight.shape[0] != x.shape[-weight.dim()] or set(weight.shape[1:-1]) - {1}:
+        raise ValueError(
+            f"{name} must have shape ({x.shape[-1]},), or (H, 1, ..., {x.shape[-1]}) with the H "
+            f"heads of {tuple(x.shape)}, got {tuple(weight.shape)}: view the weight of a whole "
+            "projection as its heads, whose axis comes first"
+        )
+    check_device(name, weight, x)
+
+
 def check_residual(
     residual: torch.Tensor, x: torch.Tensor, name: str = "residual", other: str = "x"
 ) -> None:

@@ -20,6 +20,7 @@ from normfuse.passes.check import add_check
 from normfuse.passes.choice import choose
 from normfuse.passes.destinations import Copies, copies_behind, needed_before
 from normfuse.passes.form import Form, operands_of
+from normfuse.passes.kinds import is_view
 from normfuse.passes.memory import share_operands, write_over_gradients
 from normfuse.passes.recognise import is_op
 from normfuse.passes.recorder import Place, Recorder
@@ -64,6 +65,7 @@ class Lower:
         # Every choice sees the neighbours of its site as they are before anything is spliced in.
         chosen = [(node, *self.form_of(node)) for node in graph.nodes if is_op(node)]
         is_in_order = any(IN_ORDER in node.meta for node, *_ in chosen)
+        were_there = set(graph.nodes)
         for node, lowering, reason in chosen:
             counts[lowering] = counts.get(lowering, 0) + 1
             if lowering != "inline" and self.settings.check_interval is not None:
@@ -75,6 +77,7 @@ class Lower:
                 _splice(node, lowering, copies, traced)
         if "inline" in counts:
             _leave_tables_whole(graph)
+            _skip_views_there_and_back(graph, were_there)
             if is_in_order:
                 inductor.put_in_order(graph)
         if "triton" in counts:
@@ -159,6 +162,34 @@ def _leave_tables_whole(graph: Graph) -> None:
             for unused in (node, *parts, *dict.fromkeys(part.args[0] for part in parts)):
                 if not unused.users:
                     graph.erase_node(unused)
+
+
+def _skip_views_there_and_back(graph: Graph, were_there: set[Node]) -> None:
+    """New views that show what an op's own operands were made views of.
+
+    A projection whose norm is joint became heads for an op, and its plain form joins them again.
+    """
+    for node in graph.nodes:
+        if node in were_there or not is_view(node):
+            continue
+        source, passed = node, []
+        while is_view(source):
+            passed.append(source)
+            source = source.args[0]
+            if _shows_the_same(source, node):
+                node.replace_all_uses_with(source)
+                for unused in passed:
+                    if not unused.users:
+                        graph.erase_node(unused)
+                break
+
+
+def _shows_the_same(one: Node, other: Node) -> bool:
+    """Whether two views of the same memory are the same, without a guard on symbolic sizes."""
+    first, second = one.meta["val"], other.meta["val"]
+    return _signature(one) == _signature(other) and str(first.storage_offset()) == str(
+        second.storage_offset()
+    )
 
 
 def _part_of(node: Any) -> tuple[Node | None, int]:

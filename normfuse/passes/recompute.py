@@ -17,7 +17,7 @@ from torch.fx.node import map_arg
 
 from normfuse.ops.qk_rms_norm_rope_backward import QK_RMS_NORM_ROPE_BACKWARD
 from normfuse.passes import inductor
-from normfuse.passes.region import is_pointwise, is_view
+from normfuse.passes.kinds import is_pointwise, is_view
 
 _TABLES = (4, 5)  # which arguments of the op
 _CAT = torch.ops.aten.cat.default

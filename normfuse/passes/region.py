@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -13,17 +12,16 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves, tree_map
 
-from normfuse.ops import ROPE
+from normfuse.ops import QK_RMS_NORM, QK_RMS_NORM_ROPE, ROPE
+from normfuse.ops.joint import num_joint
 from normfuse.ops.rounding import SHORT
 from normfuse.passes import inductor
 from normfuse.passes.destinations import Copies
+from normfuse.passes.kinds import is_pointwise, is_view, op_name
 from normfuse.tuning import Key, Rows, minor
 
 MAX_NEIGHBOURS = 16  # on each side: the whole of RoPE behind a q and k that are normed before it
 _MAX_SEARCH = 64  # nodes looked at to tell whether an operand depends on the site
-
-# Inductor fuses these, too, but torch does not tag them as pointwise.
-_ALSO_POINTWISE = ("cat", "constant_pad_nd", "_to_copy")
 
 
 @dataclass(frozen=True)
@@ -83,15 +81,25 @@ def key_of(node: Node, device_name: str, copies: tuple[str, ...] = ()) -> Key:
         words.append("no grad_total")  # which is as large as the other activations
     if _makers_of_tables(node):
         words.append("makes its tables")  # another question than that of tables that are there
+    words += _joint_norms(node)
     words += copies
     return Key(
         device_name,
         minor(torch.__version__),
-        _name(node.target),
+        op_name(node.target),
         tuple(str(word) for word in words),
         tuple(int(inductor.hint(x.shape[-1])) for x in activations),
         SHORT.get(activations[0].dtype, str(activations[0].dtype)),
     )
+
+
+def _joint_norms(node: Node) -> list[str]:
+    """A word for each norm that runs over all heads of a token, as the shape of its weight says."""
+    if node.target not in (QK_RMS_NORM, QK_RMS_NORM_ROPE):
+        return []
+    weights: Any = node.args[1]
+    counts = [num_joint(_value(weight)) for weight in weights]
+    return [f"over {count} heads" for count in counts if count > 1]
 
 
 def _lacks_grad_total(node: Node) -> bool:
@@ -281,37 +289,8 @@ def _depends_on(node: Node, site: Node) -> bool:
     return False
 
 
-def is_pointwise(node: Node) -> bool:
-    """Whether Inductor fuses a node with its neighbours, element by element."""
-    return node.op == "call_function" and _kind(node.target) == "pointwise" and _is_tensor(node)
-
-
-def is_view(node: Node) -> bool:
-    """Whether a node shows the memory of another."""
-    return node.op == "call_function" and _kind(node.target) == "view" and _is_tensor(node)
-
-
-def _is_tensor(node: Node) -> bool:
-    return isinstance(_value(node), torch.Tensor)
-
-
-@cache
-def _kind(target: Any) -> str | None:
-    """What an operation is to Inductor's fusion: "pointwise", "view", or a border."""
-    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
-        return None
-    if target.is_view:
-        return "view"
-    fuses = torch.Tag.pointwise in target.tags or _name(target) in _ALSO_POINTWISE
-    return "pointwise" if fuses else None
-
-
-def _name(target: Any) -> str:
-    return str(target._schema.name).split("::")[1]
-
-
 def _names(before: list[Node], after: list[Node]) -> tuple[str, ...]:
     def names(word: str, nodes: list[Node]) -> Iterator[str]:
-        return (f"{word} {_name(node.target)}" for node in nodes if is_pointwise(node))
+        return (f"{word} {op_name(node.target)}" for node in nodes if is_pointwise(node))
 
     return tuple(sorted((*names("before", before), *names("after", after))))

@@ -102,6 +102,6 @@ def _joined(left: Node, x: Node, rotary: Rotary, rotation: str, context: Context
 RULE = Rule(
     name="rope",
     before="q, k -> RoPE (half, interleaved, complex, partial), without a norm",
-    families="Llama, Mistral, Qwen 2, Phi 3, GLM 4, OLMo 2",
+    families="Llama, Mistral, Qwen 2, Phi 3, GLM 4, Granite",
     apply=_apply,
 )

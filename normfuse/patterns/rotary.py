@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -184,22 +185,22 @@ def _table(table: Table, before: Node, context: Context) -> Node:
     """
     node, fake = table.node, fake_of(table.node)
     if fake.dtype in FLOATS:
-        return _insert(torch.neg, (node,), before, context) if table.is_negated else node
+        return insert(torch.neg, (node,), before, context) if table.is_negated else node
     if fake.dtype not in (torch.complex64, torch.complex128):
         raise Decline(f"the table of the embedding is {fake.dtype}, which no rotation has")
     if fake.is_conj():
-        node = _insert(torch.resolve_conj, (node,), before, context)
-    pairs = _insert(torch.view_as_real, (node,), before, context)
-    return _insert(torch.select, (pairs, -1, 0 if table.part == "real" else 1), before, context)
+        node = insert(torch.resolve_conj, (node,), before, context)
+    pairs = insert(torch.view_as_real, (node,), before, context)
+    return insert(torch.select, (pairs, -1, 0 if table.part == "real" else 1), before, context)
 
 
-def _insert(
+def insert(
     function: Callable[..., torch.Tensor],
-    arguments: tuple[Node | int, ...],
+    arguments: tuple[Any, ...],
     before: Node,
     context: Context,
 ) -> Node:
-    """A new node that calls a function on a tensor and numbers.
+    """A new node that calls a function on a tensor, and on numbers.
 
     It stands where the table is read, not where it is made: a write may come in between.
     """

@@ -46,6 +46,11 @@ class Context:
     erased: list[Node] = field(default_factory=list)
     keys: dict[Node, Any] = field(default_factory=dict)
 
+    @property
+    def is_after_autograd(self) -> bool:
+        """Whether no gradient will be asked for: graphs for training are rewritten before it."""
+        return self.fake_key == "val"
+
     def plan(self, plan: RoundingPlan) -> str:
         """The plan as an op carries it."""
         return str(plan.fast() if self.numerics == "fast" else plan)

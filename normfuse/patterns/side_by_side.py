@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from normfuse.ops import QK_RMS_NORM, QK_RMS_NORM_ROPE, RMS_NORM
 from normfuse.ops.one_launch import MAX_NORMS
+from normfuse.ops.rounding import RoundingPlan
 from normfuse.patterns.columns import chain_of, value_key
 from normfuse.patterns.micro_ops import Kind, MicroOp, fake_of, micro_op, same_sizes, tensor
 from normfuse.patterns.mutation import written_by
@@ -91,6 +92,14 @@ class Part:
     @property
     def num(self) -> int:
         return len(self.xs)
+
+    @property
+    def norms(self) -> list[tuple[Node, Node | None]]:
+        """The input of each, and its weight."""
+        weights = iter(self.weights)
+        plans = map(RoundingPlan.parse, self.plans)
+        pairs = zip(self.xs, plans, strict=True)
+        return [(x, None if plan.weight is None else next(weights)) for x, plan in pairs]
 
 
 def previous_part(node: Node) -> Part | None:

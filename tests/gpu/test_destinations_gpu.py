@@ -37,7 +37,9 @@ def steps(model, tokens, mode, lowering):
 
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 @pytest.mark.parametrize(("tokens", "key_heads"), [(1, 2), (3, 2), (3, 1)])
-@pytest.mark.parametrize(("width", "normed"), [(128, True), (128, False), (80, True)])
+@pytest.mark.parametrize(
+    ("width", "normed"), [(128, True), (128, False), (80, True), (128, "jointly")]
+)
 @pytest.mark.guarantee
 def test_caches_hold_the_bits_of_the_op(width, normed, tokens, key_heads, mode):
     model = Cached(width, normed=normed, key_heads=key_heads, places=16)
@@ -50,7 +52,7 @@ def test_caches_hold_the_bits_of_the_op(width, normed, tokens, key_heads, mode):
 
 
 @pytest.mark.parametrize("width", [128, 80])
-@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize("normed", [True, False, "jointly"])
 @pytest.mark.parametrize("kind", [Uncached, ReturnsBoth])
 def test_repeated_heads_have_the_bits_of_the_op(kind, normed, width):
     model = kind(width, normed=normed).cuda()

@@ -24,6 +24,7 @@ from tests.kernels.inputs import (
     llama,
     random,
 )
+from tests.test_joint_norms import Spelled as JointNorms
 
 pytestmark = pytest.mark.gpu
 EPS = 1e-6
@@ -142,6 +143,51 @@ def test_whole_projections(widths):
         float64.assert_as_close_as_eager(results[index], eager[index], exact)
 
 
+@pytest.mark.parametrize("contiguous", ["", " contiguous"])
+@pytest.mark.parametrize("counts", [(32, 32), (40, 8), (48, 4), (3, 1)])
+@pytest.mark.parametrize("tokens", [1, 7, 300])
+def test_norms_over_all_heads_of_a_token(tokens, counts, contiguous):
+    """Packed, as in a projection of q, k and v."""
+    packed = random(2, tokens, sum(counts) * 128).split([num * 128 for num in counts], -1)
+    xs = [x.unflatten(-1, (-1, 128)).transpose(1, 2) for x in packed]
+    weights = [random(num, 1, 128) for num in counts]
+    cos, sin = (random(1, 1, tokens, 128, dtype=F32) for _ in range(2))
+    numbers = ([EPS] * 2, [1.0] * 2)
+    turns = [f"half 128 in=bf16 out=bf16{contiguous}"] * 2
+    arguments = (xs, weights, cos, sin, *numbers, [str(gemma(BF16))] * 2, turns)
+
+    results = torch.ops.normfuse.qk_rms_norm_rope(*arguments)
+
+    assert layouts(results) == layouts(qk_rms_norm_rope_fake(*arguments))
+    eager = qk_rms_norm_rope_reference(*arguments)
+    exact = qk_rms_norm_rope_reference(
+        [x.double() for x in xs],
+        [weight.double() for weight in weights],
+        cos.double(),
+        sin.double(),
+        *numbers,
+        [str(RoundingPlan.once(F64, F64))] * 2,
+        ["half 128 in=f64 out=f64"] * 2,
+    )
+    for result, other, truth in zip(results[:2], eager, exact, strict=False):
+        float64.assert_as_close_as_eager(result, other, truth)
+
+
+@pytest.mark.parametrize("num_heads", [16, 32, 40])
+def test_a_tokens_bits_do_not_depend_on_how_many_joint_norms_there_are(num_heads):
+    x = random(1, 4096, num_heads * 128).view(1, 4096, num_heads, 128).transpose(1, 2)
+    weight, tables = random(num_heads, 1, 128), [random(1, 1, 4096, 128) for _ in range(2)]
+    norm = ([EPS], [1.0], [str(gemma(BF16))], ["half 128 in=bf16 out=bf16"])
+
+    def of_tokens(some):
+        cut = [x[:, :, some]], [weight], *(table[:, :, some] for table in tables)
+        return torch.ops.normfuse.qk_rms_norm_rope(*cut, *norm)[:1]
+
+    (whole,) = of_tokens(slice(None))
+    for some in (slice(1), slice(700, 812), slice(4095, 4096)):
+        assert_same_bits(of_tokens(some), [whole[:, :, some]])
+
+
 BLOCKS = {
     "qwen3": lambda: rotary.Attention(),
     "gemma3": lambda: rotary.NormAfterTranspose(norm=GemmaRMSNorm),
@@ -149,7 +195,7 @@ BLOCKS = {
     "packed, partial": lambda: rotary.Packed(rotary=rotary.partial),
     "interleaved": lambda: rotary.Attention(rotary.cohere),
     "complex": lambda: rotary.Attention(rotary.llama4),
-    "olmo2": lambda: rotary.WholeProjections(),
+    "olmo2": lambda: JointNorms(),
     "hunyuan": lambda: rotary.NormAfterRotary(),
 }
 

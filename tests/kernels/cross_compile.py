@@ -162,15 +162,19 @@ def compile_heads(
     target: str,
     tokens: int = 16,
     into: str = "",
+    num: int = 16,
+    is_joint: bool = False,
     **options: Any,
 ) -> Any:
-    """What Triton makes of 16 q, k and v heads of `width`; q and k turn.
+    """What Triton makes of `num` q, k and v heads of `width`; q and k turn.
 
-    `into` says where k and v go, if not into memory of their own: "caches" or "copies".
+    `into` says where k and v go, if not into memory of their own: "caches" or "copies"; `is_joint`,
+    that a norm runs over all heads of a token.
     """
     gpu, recorder = TARGETS[target], _Recorder()
-    heads = torch.empty(2, tokens, 16, width, dtype=dtype, device="meta").transpose(1, 2)
-    weight = torch.empty(width, dtype=dtype, device="meta")
+    heads = torch.empty(2, tokens, num, width, dtype=dtype, device="meta").transpose(1, 2)
+    shape = (num, 1, width) if is_joint else (width,)
+    weight = torch.empty(shape, dtype=dtype, device="meta")
     table = torch.empty(2, 1, tokens, width, dtype=dtype, device="meta")
     plans = [RoundingPlan.once(dtype, dtype)] * 2 + [RoundingPlan.once(dtype, None)]
     turns = [Rotation(layout, width, dtype, dtype)] * 2 + [None]

@@ -52,6 +52,16 @@ def test_heads_that_go_elsewhere_do_not_spill(into, target, tmp_path):
         assert found["spilled"] == 0, (width, tokens)
 
 
+@pytest.mark.parametrize("target", cross_compile.TARGETS)
+@pytest.mark.parametrize("num", [16, 32, 40])
+def test_joint_norms_do_not_spill(num, target, tmp_path):
+    for tokens, into in ((16, ""), (8192, "caches")):
+        how = {"num": num, "is_joint": True}
+        compiled = cross_compile.compile_heads(128, BF16, "half", target, tokens, into, **how)
+        found = cross_compile.resources(compiled, tmp_path / "cubin")
+        assert found["spilled"] == 0, (tokens, into)
+
+
 @pytest.mark.parametrize(("tokens", "bits"), [(8192, {"32"}), (2**27, {"32", "64"})])
 def test_rows_are_divided_in_32_bits_where_their_number_fits(tokens, bits):
     """In 64 it is a call into a hundred instructions, and nothing is read before."""

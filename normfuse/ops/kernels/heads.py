@@ -120,16 +120,19 @@ def _load_angles(
 @triton.jit
 def _root(
     pieces,
-    N: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, EPS: tl.constexpr, PLAN: tl.constexpr,
+    N: tl.constexpr, ROWS: tl.constexpr, JOINT: tl.constexpr, DIM: tl.constexpr,
+    EPS: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
-    """The root of each row, (ROWS, 1); None where nothing is normalised."""
+    """The root of each row, (ROWS, 1), or of all, (1, 1); None where nothing is normalised."""
     if PLAN != "":
         total = tl.zeros([ROWS, 1], tl.float64 if step(PLAN, "compute") == "f64" else tl.float32)
         if DIM > 0:
             total += tl.sum(squares(pieces[0], PLAN) + squares(pieces[1], PLAN), 1, keep_dims=True)
         if DIM < N:
             total += tl.sum(squares(pieces[2 if DIM > 0 else 0], PLAN), axis=1, keep_dims=True)
-        return root_of_total(total, None, N, EPS, PLAN)
+        if JOINT > 1:
+            total = tl.sum(total, axis=0, keep_dims=True)
+        return root_of_total(total, None, N * JOINT, EPS, PLAN)
 
 
 @triton.jit
@@ -168,6 +171,30 @@ def _place(position, number, size_place, is_row, PLACE: tl.constexpr):
     return place, is_row & has_room
 
 
+@triton.constexpr_function
+def rows_of_program(ROWS, GROUPS, JOINT):
+    """How many rows a program takes: groups of them, or the heads of one token."""
+    return ROWS * GROUPS if JOINT == 1 else JOINT
+
+
+@triton.jit
+def _rows(tile, num_rows, size_middle, size_inner, ROWS: tl.constexpr, PROGRAM: tl.constexpr):
+    """The first rows of a program, (ROWS, 1), and their numbers along three axes."""
+    row = tile.to(tl.int64) * PROGRAM + tl.arange(0, ROWS)[:, None]
+    is_row = row < num_rows
+    outer, middle, inner = row_numbers(row, size_middle, size_inner, num_rows)
+    return row, is_row, outer, middle, inner
+
+
+@triton.jit
+def _heads_of_token(token, num_rows, size_middle, ROWS: tl.constexpr, JOINT: tl.constexpr):
+    """The same for the heads of one token along the inner axis: they share the other numbers."""
+    outer, middle, _ = row_numbers(token.to(tl.int64), size_middle, 1, num_rows)
+    inner = tl.arange(0, ROWS)[:, None].to(tl.int64)
+    row = token.to(tl.int64) * JOINT + inner
+    return row, inner < JOINT, outer, middle, inner
+
+
 @triton.jit
 def head_rows(
     tile, x_ptr, weight_ptr, cos_ptr, sin_ptr, y_ptr, rstd_ptr,
@@ -177,7 +204,7 @@ def head_rows(
     there_ptr, position_ptr, stride_position, size_place, stride_place,
     stride_there_outer, stride_there_middle, stride_there_inner, stride_there_next, stride_copy,
     stride_table,
-    N: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
+    N: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, JOINT: tl.constexpr,
     DIM: tl.constexpr, COLS: tl.constexpr,
     START: tl.constexpr, PAIRS: tl.constexpr, OTHERS: tl.constexpr, TURN: tl.constexpr,
     EPS: tl.constexpr, OFFSET: tl.constexpr, PLAN: tl.constexpr,
@@ -186,12 +213,20 @@ def head_rows(
     """GROUPS times ROWS rows of one tensor. DIM columns from START on turn; PLAN "" is no norm.
 
     Where there are several groups, `stride_next` leads from any row to the next, and all turn by
-    the same angles. PAIRS and OTHERS are tile widths. Results lie one after the other; COPIES of
-    each are written `there`, where its strides and a PLACE say. Either may be None.
+    the same angles. Where JOINT is not 1, it is the number of heads of a token; they are the rows
+    of a program, have one statistic, and turn by the same angles. PAIRS and OTHERS are tile widths.
+
+    Results lie one after the other; COPIES of each are written `there`, where its strides and a
+    PLACE say. Either may be None.
     """
-    row = tile.to(tl.int64) * (ROWS * GROUPS) + tl.arange(0, ROWS)[:, None]
-    is_row = row < num_rows
-    outer, middle, inner = row_numbers(row, size_middle, size_inner, num_rows)
+    if JOINT > 1:
+        row, is_row, outer, middle, inner = _heads_of_token(
+            tile, num_rows, size_middle, ROWS, JOINT
+        )
+    else:
+        row, is_row, outer, middle, inner = _rows(
+            tile, num_rows, size_middle, size_inner, ROWS, ROWS * GROUPS
+        )
     x_ptr += outer * stride_x_outer + middle * stride_x_middle + inner * stride_x_inner
     stored = is_row
     if y_ptr is not None:
@@ -201,6 +236,8 @@ def head_rows(
         there_ptr += inner * stride_there_inner
     if PLACE != "":
         number = _along_axis(outer, middle, inner, PLACE)
+        if JOINT > 1:
+            number += inner * 0  # one for each row
         # Asked for first, needed last. Here, since torch takes an operand of a function for one
         # that is written, if what is written depends on the result.
         if step(PLACE, "from") == "first":
@@ -214,21 +251,30 @@ def head_rows(
         xs = xs + (_load_row(rows_ptr, is_row, N, ROWS, DIM, START, PAIRS, OTHERS, TURN),)
     if DIM > 0:
         table = outer * stride_table_outer + middle * stride_table_middle
-        table += inner * stride_table_inner
+        if JOINT > 1:
+            ANGLES: tl.constexpr = 1
+            has_angles = tl.full([1, 1], 1, tl.int1)
+        else:
+            ANGLES: tl.constexpr = ROWS
+            has_angles = is_row
+            table += inner * stride_table_inner
         cos_a, cos_b = _load_angles(
-            cos_ptr + table, stride_table, is_row, ROWS, DIM, COLS, PAIRS, TURN
+            cos_ptr + table, stride_table, has_angles, ANGLES, DIM, COLS, PAIRS, TURN
         )
         sin_a, sin_b = _load_angles(
-            sin_ptr + table, stride_table, is_row, ROWS, DIM, COLS, PAIRS, TURN
+            sin_ptr + table, stride_table, has_angles, ANGLES, DIM, COLS, PAIRS, TURN
         )
-    weight_ptr = row_of(weight_ptr, row, 0)
+    if JOINT > 1:
+        weight_ptr = row_of(weight_ptr, inner, N)
+    else:
+        weight_ptr = row_of(weight_ptr, row, 0)
     weights = _load_row(weight_ptr, is_row, N, ROWS, DIM, START, PAIRS, OTHERS, TURN)
     PASSED: tl.constexpr = 2 if DIM > 0 else 0  # which piece does not turn
     if PLACE != "":
         place, stored = _place(position, number, size_place, is_row, PLACE)
         there_ptr += place * stride_place
     for group in tl.static_range(GROUPS):
-        root = _root(xs[group], N, ROWS, DIM, EPS, PLAN)
+        root = _root(xs[group], N, ROWS, JOINT, DIM, EPS, PLAN)
         if y_ptr is not None:
             rows_ptr = y_ptr + group * ROWS * N
         if there_ptr is not None:
@@ -253,7 +299,8 @@ def head_rows(
                 copy_ptr = there if copy == 0 else there + copy * stride_copy
                 tl.store(copy_ptr + cols, y, mask=stored & (cols < N))
         if PLAN != "":
-            store_inverse_root(rstd_ptr, root, row + group * ROWS, num_rows, PLAN)
+            statistic = tile + tl.zeros([1, 1], tl.int64) if JOINT > 1 else row + group * ROWS
+            store_inverse_root(rstd_ptr, root, statistic, num_rows, PLAN)
     if PLACE != "":
         # Last, since nothing may be read across it. It ends the program where Inductor lets its
         # own kernels do so.

@@ -173,3 +173,7 @@ HEADS = {
     256: (512, 2, 4),  # (1.16, 1.03)
     512: (1024, 2, 4),  # (1.00, 1.01)
 }
+
+# Heads that share a norm, by the width of the tile that holds all of them: warps of a program. More
+# wait longer for each other (joint_heads_h200.json).
+JOINT_HEADS = {2048: 4, 4096: 4, 8192: 4}

@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from normfuse.ops.kernels.heads import head_rows
+from normfuse.ops.kernels.heads import head_rows, rows_of_program
 from normfuse.ops.kernels.rows import is_empty
 from normfuse.ops.kernels.slots import (
     NO_SLOT,
@@ -35,6 +35,8 @@ from normfuse.ops.kernels.slots import (
     Slot,
     Tables,
     equally_laid_out,
+    joint_heads,
+    width_of_tile,
 )
 from normfuse.ops.kernels.tile import device_of, eager
 
@@ -67,25 +69,25 @@ def qk_rms_norm_rope_kernel(
     stride_there_next_3, stride_copy_3,
     COLS: tl.constexpr,
     N_1: tl.constexpr, ROWS_1: tl.constexpr, GROUPS_1: tl.constexpr,
-    DIM_1: tl.constexpr, START_1: tl.constexpr,
+    JOINT_1: tl.constexpr, DIM_1: tl.constexpr, START_1: tl.constexpr,
     PAIRS_1: tl.constexpr, OTHERS_1: tl.constexpr, TURN_1: tl.constexpr,
     EPS_1: tl.constexpr, OFFSET_1: tl.constexpr, PLAN_1: tl.constexpr,
     PLACE_1: tl.constexpr, COPIES_1: tl.constexpr,
     N_2: tl.constexpr, ROWS_2: tl.constexpr, GROUPS_2: tl.constexpr,
-    DIM_2: tl.constexpr, START_2: tl.constexpr,
+    JOINT_2: tl.constexpr, DIM_2: tl.constexpr, START_2: tl.constexpr,
     PAIRS_2: tl.constexpr, OTHERS_2: tl.constexpr, TURN_2: tl.constexpr,
     EPS_2: tl.constexpr, OFFSET_2: tl.constexpr, PLAN_2: tl.constexpr,
     PLACE_2: tl.constexpr, COPIES_2: tl.constexpr,
     N_3: tl.constexpr, ROWS_3: tl.constexpr, GROUPS_3: tl.constexpr,
-    DIM_3: tl.constexpr, START_3: tl.constexpr,
+    JOINT_3: tl.constexpr, DIM_3: tl.constexpr, START_3: tl.constexpr,
     PAIRS_3: tl.constexpr, OTHERS_3: tl.constexpr, TURN_3: tl.constexpr,
     EPS_3: tl.constexpr, OFFSET_3: tl.constexpr, PLAN_3: tl.constexpr,
     PLACE_3: tl.constexpr, COPIES_3: tl.constexpr,
 ):  # fmt: skip
     """The first programs take the rows of the first tensor, the next those of the second."""
     tile = tl.program_id(0)
-    end_1 = tl.cdiv(num_rows_1, ROWS_1 * GROUPS_1)
-    end_2 = end_1 + tl.cdiv(num_rows_2, ROWS_2 * GROUPS_2)
+    end_1 = tl.cdiv(num_rows_1, rows_of_program(ROWS_1, GROUPS_1, JOINT_1))
+    end_2 = end_1 + tl.cdiv(num_rows_2, rows_of_program(ROWS_2, GROUPS_2, JOINT_2))
     if tile < end_1:
         head_rows(
             tile, x_1_ptr, weight_1_ptr, cos_ptr, sin_ptr, y_1_ptr, rstd_1_ptr,
@@ -96,8 +98,8 @@ def qk_rms_norm_rope_kernel(
             there_1_ptr, position_1_ptr, stride_position_1, size_place_1, stride_place_1,
             stride_there_outer_1, stride_there_middle_1, stride_there_inner_1,
             stride_there_next_1, stride_copy_1, stride_table,
-            N_1, ROWS_1, GROUPS_1, DIM_1, COLS, START_1, PAIRS_1, OTHERS_1, TURN_1,
-            EPS_1, OFFSET_1, PLAN_1, PLACE_1, COPIES_1,
+            N_1, ROWS_1, GROUPS_1, JOINT_1, DIM_1, COLS, START_1, PAIRS_1, OTHERS_1,
+            TURN_1, EPS_1, OFFSET_1, PLAN_1, PLACE_1, COPIES_1,
         )  # fmt: skip
     if N_2 > 0:
         if (tile >= end_1) & (tile < end_2):
@@ -110,8 +112,8 @@ def qk_rms_norm_rope_kernel(
                 there_2_ptr, position_2_ptr, stride_position_2, size_place_2, stride_place_2,
                 stride_there_outer_2, stride_there_middle_2, stride_there_inner_2,
                 stride_there_next_2, stride_copy_2, stride_table,
-                N_2, ROWS_2, GROUPS_2, DIM_2, COLS, START_2, PAIRS_2, OTHERS_2, TURN_2,
-                EPS_2, OFFSET_2, PLAN_2, PLACE_2, COPIES_2,
+                N_2, ROWS_2, GROUPS_2, JOINT_2, DIM_2, COLS, START_2, PAIRS_2, OTHERS_2,
+                TURN_2, EPS_2, OFFSET_2, PLAN_2, PLACE_2, COPIES_2,
             )  # fmt: skip
     if N_3 > 0:
         if tile >= end_2:
@@ -124,8 +126,8 @@ def qk_rms_norm_rope_kernel(
                 there_3_ptr, position_3_ptr, stride_position_3, size_place_3, stride_place_3,
                 stride_there_outer_3, stride_there_middle_3, stride_there_inner_3,
                 stride_there_next_3, stride_copy_3, stride_table,
-                N_3, ROWS_3, GROUPS_3, DIM_3, COLS, START_3, PAIRS_3, OTHERS_3, TURN_3,
-                EPS_3, OFFSET_3, PLAN_3, PLACE_3, COPIES_3,
+                N_3, ROWS_3, GROUPS_3, JOINT_3, DIM_3, COLS, START_3, PAIRS_3, OTHERS_3,
+                TURN_3, EPS_3, OFFSET_3, PLAN_3, PLACE_3, COPIES_3,
             )  # fmt: skip
 
 
@@ -148,7 +150,7 @@ def launch(
 
     Args:
         xs: rows of any strides, of up to 4 dimensions, that fit a program whole.
-        weights: any of the four floating types.
+        weights: any of the four floating types; (H, 1, ..., N_i) for a norm over all heads.
         cos: broadcasts against every x that turns; None if none does.
         sin: the same.
         eps: added to the means of the squares.
@@ -193,9 +195,9 @@ def launch_heads(
 ) -> list[Slot]:
     """Launch the kernel for up to three tensors, those that only join it included."""
     plans = [one.norm[-1] for one in heads if one.norm is not None]
-    tile = tile or HeadsLaunch.for_slots(
-        [one.x for one in heads], [one.rotation for one in heads], plans
-    )
+    widths = [width_of_tile(one.x, one.weight, one.rotation) for one in heads]
+    is_joint = any(joint_heads(one.weight)[1] > 1 for one in heads)
+    tile = tile or HeadsLaunch.for_widths(widths, plans, is_joint=is_joint)
     results, others = writes or ((None,) * len(heads), ())
     joining = [Heads(x, None, None, None) for x, _ in others]
     destinations = (*results[: len(heads)], *(destination for _, destination in others))

@@ -8,13 +8,10 @@ symbolic: nothing here adds a guard.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch._prims_common import compute_elementwise_output_strides
-
-if TYPE_CHECKING:
-    from normfuse.ops.destinations import Layout
 
 
 class RowStrides(NamedTuple):
@@ -164,6 +161,32 @@ class Neighbours(NamedTuple):
     share_table: bool
 
 
+class Layout(NamedTuple):
+    """Where the rows of a result (..., N) lie in memory.
+
+    Attributes:
+        memory: what is written to, and what the launch returns.
+        strides: of the leading axes of the result; 0 for the axis that is placed.
+        axis: the leading axis whose rows go where `positions` says; None if every row has a place.
+        places: how many there are along that axis.
+        stride: from one place to the next.
+        positions: of the rows along that axis, or of the first of them; integers.
+        counts_up: whether `positions` is that of the first row, and the others follow it.
+        copies: how often each row is written.
+        copy_stride: from one copy to the next.
+    """
+
+    memory: torch.Tensor
+    strides: tuple[Any, ...]
+    axis: int | None = None
+    places: Any = None
+    stride: Any = None
+    positions: torch.Tensor | None = None
+    counts_up: bool = False
+    copies: int = 1
+    copy_stride: Any = None
+
+
 class ResultStrides(NamedTuple):
     """Where row r of a result begins that has a layout of its own.
 
@@ -187,11 +210,13 @@ def addressed_with(
     order: tuple[int, ...],
     result: torch.Tensor | None,
     layout: Layout | None = None,
+    apart: int | None = None,
 ) -> tuple[torch.Tensor, SharedRowStrides, Neighbours, ResultStrides | None]:
     """`x` of at most 4 dimensions and where its rows begin, also in a table that broadcasts to it.
 
     x is copied, laid out as `result` if there is one, where its elements do not lie side by side. A
-    `layout` says where rows are written besides.
+    `layout` says where rows are written besides. An axis that is to stay `apart`, counted from the
+    end, is the innermost of the order, and becomes the inner level alone.
     """
     if not _has_unit_stride(x):
         x = x.contiguous() if result is None else torch.empty_like(result, dtype=x.dtype).copy_(x)
@@ -202,8 +227,12 @@ def addressed_with(
     levels: list[int] = []  # the last axis of each
     for dim in order:
         size, strides = x.shape[dim], (x.stride(dim), steps[dim], places[dim])
-        outer = merged[-1][1:] if merged else ()
-        if merged and all(known(a == size * b) for a, b in zip(outer, strides, strict=True)):
+        is_apart = apart is not None and dim == x.dim() + apart
+        if is_apart:
+            merged += [(1, 0, 0, 0)] * (2 - len(merged))
+            levels += [-1] * (2 - len(levels))
+        outer = merged[-1][1:] if merged and not is_apart else ()
+        if outer and all(known(a == size * b) for a, b in zip(outer, strides, strict=True)):
             merged[-1], levels[-1] = (merged[-1][0] * size, *strides), dim
         else:
             merged.append((size, *strides))

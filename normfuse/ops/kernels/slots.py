@@ -10,8 +10,9 @@ import torch
 import triton
 
 from normfuse.ops.kernels.constants import NAMES, norm_constants, target, text
-from normfuse.ops.kernels.launches import HEADS, MANY_PROGRAMS
+from normfuse.ops.kernels.launches import HEADS, JOINT_HEADS, MANY_PROGRAMS
 from normfuse.ops.kernels.rows import (
+    Layout,
     Neighbours,
     ResultStrides,
     addressed_with,
@@ -25,7 +26,7 @@ from normfuse.ops.kernels.rows import (
 from normfuse.ops.kernels.tile import MAX_THREADS, WARP_SIZE
 
 if TYPE_CHECKING:
-    from normfuse.ops.destinations import Destination, Layout
+    from normfuse.ops.destinations import Destination
     from normfuse.ops.rotation import Rotation
     from normfuse.ops.rounding import RoundingPlan
 
@@ -75,41 +76,61 @@ class Slot:
         """
         out = rotation.out if rotation is not None else norm[-1].out if norm else x.dtype
         layout = None if destination is None else destination.layout(x, out)
+        axis, joint = joint_heads(weight)
         if destination is None or destination.kept:
-            y, rows, rstd, order = _results(x, norm, rotation, out, store_rstd)
+            y, rows, rstd, order = _results(x, axis, norm, rotation, out, store_rstd)
         else:
             assert not store_rstd, "a result that is only written elsewhere has no rstd"
             y, rows, rstd, order = None, None, None, _order_of(x)
+        if rows is None and y is not None:  # in another order than the heads of a joint norm
+            if layout is None:
+                layout = Layout(y, y.stride()[:-1])
+            else:
+                rows = torch.empty_like(x, dtype=out)
         table = tables[0] if tables is not None and rotation is not None else None
-        x, strides, neighbours, there = addressed_with(x, table, order, rows, layout)
+        x, strides, neighbours, there = addressed_with(x, table, order, rows, layout, axis)
         widths = _widths(x.shape[-1], rotation)
-        num_rows_tile, groups, num_tiles = _tiles(x, widths["tile"], tile, neighbours)
+        num_rows_tile, groups, num_tiles = _tiles(x, joint, widths["tile"], tile, neighbours)
         turn = "" if rotation is None or table is None else _turn(rotation, table.dtype)
         constants = {
             "N": x.shape[-1],
             "ROWS": num_rows_tile,
             "GROUPS": groups,
+            "JOINT": joint,
             **{name: width for name, width in widths.items() if name != "tile"},
             "TURN": turn,
             **_norm_constants(norm),
             **_place_constants(layout, there),
         }
-        arguments = (x, as_vector(weight), rows, rstd, num_rows(x), *strides, neighbours.stride)
+        weight = as_vector(weight) if axis is None or weight is None else weight.contiguous()
+        arguments = (x, weight, rows, rstd, num_rows(x), *strides, neighbours.stride)
         place = _place(layout, there)
-        return cls(y, rows, place[0], rstd, arguments + place, constants, num_tiles)
+        memory = None if destination is None else place[0]
+        return cls(y, rows, memory, rstd, arguments + place, constants, num_tiles)
 
     def finished(self) -> torch.Tensor | None:
         """The result, once the kernel is launched."""
-        if self.y is None or self.rows is self.y:
+        if self.y is None or self.rows is None or self.rows is self.y:
             return self.y
-        assert self.rows is not None
         return self.y.copy_(self.rows)
 
 
+def joint_heads(weight: torch.Tensor | None) -> tuple[int | None, int]:
+    """The axis of the heads that one norm spans, counted from the end, and how many they are.
+
+    A weight of one axis is that of each row alone; one of several is (H, 1, ..., N).
+    """
+    if weight is None or weight.dim() < 2:
+        return None, 1
+    return -weight.dim(), weight.shape[0]
+
+
 def _tiles(
-    x: torch.Tensor, width: int, tile: HeadsLaunch, neighbours: Neighbours
+    x: torch.Tensor, joint: int, width: int, tile: HeadsLaunch, neighbours: Neighbours
 ) -> tuple[int, int, Any]:
     """Rows of a tile, tiles of a program, and programs."""
+    if joint > 1:
+        return triton.next_power_of_2(joint), 1, num_rows(x) // joint
     num_rows_tile = max(1, tile.elements // width)
     groups = tile.groups_of(num_rows_tile, num_rows(x), neighbours)
     num_rows_program = num_rows_tile * groups
@@ -118,16 +139,26 @@ def _tiles(
 
 def _results(
     x: torch.Tensor,
+    axis: int | None,
     norm: tuple[float, float, RoundingPlan] | None,
     rotation: Rotation | None,
     dtype: torch.dtype,
     store_rstd: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, tuple[int, ...]]:
-    """The result of x, the rows that are written, the rstd, and the order of both's axes."""
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, tuple[int, ...]]:
+    """The result of x, the rows that are written, the rstd, and the order of both's axes.
+
+    Of heads with a joint norm along `axis` there are no rows if the result lies in another order.
+    """
     is_contiguous = rotation is not None and rotation.is_contiguous
     layout = torch.contiguous_format if is_contiguous else torch.preserve_format
     y = torch.empty_like(x, dtype=dtype, memory_format=layout)
     rstd = None
+    if axis is not None:
+        if store_rstd and norm is not None:
+            tokens = [size for dim, size in enumerate(x.shape[:-1]) if dim != x.dim() + axis]
+            rstd = x.new_empty((*tokens, 1, 1), dtype=norm[-1].compute).movedim(-2, axis)
+        order = _order_of(x)
+        return y, y if row_order(y) == order else None, rstd, order
     if store_rstd and norm is not None:
         rstd = x.new_empty((*x.shape[:-1], 1), dtype=norm[-1].compute)
     order = row_order(y, rstd)
@@ -184,6 +215,7 @@ NO_SLOT = Slot(
         "N": 0,
         "ROWS": 1,
         "GROUPS": 1,
+        "JOINT": 1,
         "DIM": 0,
         "START": 0,
         "PAIRS": 1,
@@ -216,16 +248,14 @@ class HeadsLaunch:
     programs: int = MANY_PROGRAMS
 
     @classmethod
-    def for_slots(
-        cls,
-        xs: Sequence[torch.Tensor],
-        rotations: Sequence[Rotation | None],
-        plans: Sequence[RoundingPlan],
+    def for_widths(
+        cls, widths: Sequence[int], plans: Sequence[RoundingPlan], *, is_joint: bool = False
     ) -> HeadsLaunch:
-        """The launch for the widest row."""
-        pairs = zip(xs, rotations, strict=True)
-        width = max(_widths(x.shape[-1], rotation)["tile"] for x, rotation in pairs)
+        """The launch for tiles of these widths; `is_joint` if one of them holds a joint norm."""
+        width = max(widths)
         is_double = any(plan.compute == torch.float64 for plan in plans)
+        if not is_double and is_joint and width in JOINT_HEADS:
+            return cls(width, max(1, JOINT_HEADS[width] * 32 // WARP_SIZE))
         if not is_double and width in HEADS:
             elements, warps, groups = HEADS[width]
             return cls(elements, max(1, warps * 32 // WARP_SIZE), groups)
@@ -256,6 +286,12 @@ def equally_laid_out(cos: torch.Tensor, sin: torch.Tensor) -> Tables:
         return cos, sin
     dtype = torch.promote_types(cos.dtype, sin.dtype)
     return cos.to(dtype).contiguous(), sin.to(dtype).contiguous()
+
+
+def width_of_tile(x: torch.Tensor, weight: torch.Tensor | None, rotation: Rotation | None) -> int:
+    """The columns of a tile that holds a row of x, or the rows of a joint norm."""
+    joint = joint_heads(weight)[1]
+    return int(_widths(x.shape[-1], rotation)["tile"] * triton.next_power_of_2(joint))
 
 
 def _widths(width: int, rotation: Rotation | None) -> dict[str, int]:
