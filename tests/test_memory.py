@@ -123,6 +123,44 @@ def test_launches_that_read_the_same_tables_share_their_memory():
         assert table.target is torch.ops.prims.inductor_force_stride_order.default
 
 
+@pytest.mark.parametrize("shown", [lambda t: t.unsqueeze(1), lambda t: t.unsqueeze(1).bfloat16()])
+def test_also_where_each_layer_shows_them_anew(shown):
+    """As `apply_rotary_pos_emb` does in Hugging Face models."""
+
+    def layers(x, weight, angles):
+        tables = angles.cos(), angles.sin()
+        for _ in range(3):
+            cos, sin = (shown(table) for table in tables)
+            norms = ([weight], cos, sin, [1e-6], [0.0], [LLAMA], ["half 96 in=bf16 out=bf16"])
+            x = QK_RMS_NORM_ROPE([x], *norms)[0]
+        return x
+
+    graph = lowered(layers, (2, 4, 5, 96), (96,), (2, 5, 96))
+
+    found = launches(graph)
+    assert len(found) == 3
+    for name in ("cos_ptr", "sin_ptr"):
+        (table,) = {launch.kwargs["kwargs"][name] for launch in found}
+        assert table.target is torch.ops.prims.inductor_force_stride_order.default
+    assert len(graph.find_nodes(op="call_function", target=torch.ops.aten.unsqueeze.default)) == 2
+
+
+def test_tables_of_two_kinds_are_two():
+    """Gemma 3's local and global layers turn by different angles."""
+
+    def layers(x, weight, angles):
+        for scale in (1.0, 2.0):
+            tables = ((angles * scale).cos().unsqueeze(1), (angles * scale).sin().unsqueeze(1))
+            norms = ([weight], *tables, [1e-6], [0.0], [LLAMA], ["half 96 in=bf16 out=bf16"])
+            x = QK_RMS_NORM_ROPE([x], *norms)[0]
+        return x
+
+    first, second = launches(lowered(layers, (2, 4, 5, 96), (96,), (2, 5, 96)))
+
+    for name in ("cos_ptr", "sin_ptr"):
+        assert first.kwargs["kwargs"][name] is not second.kwargs["kwargs"][name]
+
+
 def test_each_result_has_a_place_of_its_own():
     def backward(grad, grad_total, *rest):
         operands = (made(grad), made(grad_total), *rest, None, None, None, None)

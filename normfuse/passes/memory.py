@@ -15,12 +15,15 @@ from typing import Any, cast
 
 import torch
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
 from normfuse.passes import inductor
 from normfuse.passes.form import note_operands
+from normfuse.passes.kinds import is_pointwise, is_random, is_view
 from normfuse.patterns.fakes import fake_like
 
+_TABLES = ("cos_ptr", "sin_ptr")
 _GRADIENTS = ("grad_y_ptr", "grad_total_ptr")
 
 # What may be written over what: the kernels have read an element of the latter, and the sums that
@@ -45,17 +48,48 @@ _PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm
 
 
 def share_operands(graph: Graph) -> None:
-    """Give launches that read the same pointwise result the same memory of it."""
+    """Give launches that read the same pointwise result the same memory of it.
+
+    Each layer of a model may look at its tables in a view of its own, or cast them anew: those of
+    the first serve all.
+    """
     readers: dict[Node, list[Node]] = {}
-    for node in graph.nodes:
-        if inductor.kernel_of(node) is not None:
-            for operand in dict.fromkeys(_operands(node).values()):
-                readers.setdefault(operand, []).append(node)
+    tables: dict[int, Node] = {}
+    numbers: dict[Node, int] = {}
+    for node in list(graph.nodes):
+        if inductor.kernel_of(node) is None:
+            continue
+        numbers = numbers or _value_numbers(graph)
+        for name in _TABLES:
+            table = _operands(node).get(name)
+            if table is not None:
+                first = tables.setdefault(numbers[table], table)
+                if first is not table:
+                    _replace(node, table, first)
+                    _erase(table)
+        for operand in dict.fromkeys(_operands(node).values()):
+            readers.setdefault(operand, []).append(node)
     for operand, launches in readers.items():
         if len(launches) > 1 and operand.op == "call_function" and _owner(operand) is None:
             memory = _in_memory(operand, launches[0])
             for launch in launches:
                 _replace(launch, operand, memory or operand)
+
+
+def _value_numbers(graph: Graph) -> dict[Node, int]:
+    """The same number for nodes that show the same: pointwise, of the same operands."""
+    numbers: dict[Node, int] = {}
+    known: dict[Any, int] = {}
+
+    def named(operand: Node) -> str:
+        return f"%{numbers[operand]}"
+
+    for node in graph.nodes:
+        key: Any = node
+        if (is_pointwise(node) or is_view(node)) and not is_random(node):
+            key = (node.target, str(map_arg((node.args, node.kwargs), named)))
+        numbers[node] = known.setdefault(key, len(known))
+    return numbers
 
 
 def write_over_gradients(graph: Graph) -> None:
