@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
@@ -74,19 +74,8 @@ class Slot:
 
         A result that is only written elsewhere has no rstd.
         """
-        out = rotation.out if rotation is not None else norm[-1].out if norm else x.dtype
-        layout = None if destination is None else destination.layout(x, out)
         axis, joint = joint_heads(weight)
-        if destination is None or destination.kept:
-            y, rows, rstd, order = _results(x, axis, norm, rotation, out, store_rstd)
-        else:
-            assert not store_rstd, "a result that is only written elsewhere has no rstd"
-            y, rows, rstd, order = None, None, None, _order_of(x)
-        if rows is None and y is not None:  # in another order than the heads of a joint norm
-            if layout is None:
-                layout = Layout(y, y.stride()[:-1])
-            else:
-                rows = torch.empty_like(x, dtype=out)
+        y, rows, rstd, order, layout = _results(x, axis, norm, rotation, destination, store_rstd)
         table = tables[0] if tables is not None and rotation is not None else None
         x, strides, neighbours, there = addressed_with(x, table, order, rows, layout, axis)
         widths = _widths(x.shape[-1], rotation)
@@ -137,38 +126,64 @@ def _tiles(
     return num_rows_tile, groups, (num_rows(x) + num_rows_program - 1) // num_rows_program
 
 
+class _Results(NamedTuple):
+    """Where the rows of x are written: `y`, `rows` and `rstd` as in `Slot`.
+
+    Attributes:
+        order: of the axes of rows and rstd.
+        layout: where they are written besides, or instead.
+    """
+
+    y: torch.Tensor | None
+    rows: torch.Tensor | None
+    rstd: torch.Tensor | None
+    order: tuple[int, ...]
+    layout: Layout | None
+
+
 def _results(
     x: torch.Tensor,
     axis: int | None,
     norm: tuple[float, float, RoundingPlan] | None,
     rotation: Rotation | None,
-    dtype: torch.dtype,
+    destination: Destination | None,
     store_rstd: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, tuple[int, ...]]:
-    """The result of x, the rows that are written, the rstd, and the order of both's axes.
-
-    Of heads with a joint norm along `axis` there are no rows if the result lies in another order.
-    """
+) -> _Results:
+    out = rotation.out if rotation is not None else norm[-1].out if norm else x.dtype
+    layout = None if destination is None else destination.layout(x, out)
+    if destination is not None and not destination.kept:
+        assert not store_rstd, "a result that is only written elsewhere has no rstd"
+        return _Results(None, None, None, _order_of(x), layout)
     is_contiguous = rotation is not None and rotation.is_contiguous
-    layout = torch.contiguous_format if is_contiguous else torch.preserve_format
-    y = torch.empty_like(x, dtype=dtype, memory_format=layout)
-    rstd = None
+    how = torch.contiguous_format if is_contiguous else torch.preserve_format
+    y = torch.empty_like(x, dtype=out, memory_format=how)
+    compute = norm[-1].compute if store_rstd and norm is not None else None
     if axis is not None:
-        if store_rstd and norm is not None:
-            tokens = [size for dim, size in enumerate(x.shape[:-1]) if dim != x.dim() + axis]
-            rstd = x.new_empty((*tokens, 1, 1), dtype=norm[-1].compute).movedim(-2, axis)
-        order = _order_of(x)
-        return y, y if row_order(y) == order else None, rstd, order
-    if store_rstd and norm is not None:
-        rstd = x.new_empty((*x.shape[:-1], 1), dtype=norm[-1].compute)
+        return _joint_results(x, y, axis, compute, layout)
+    rstd = None if compute is None else x.new_empty((*x.shape[:-1], 1), dtype=compute)
     order = row_order(y, rstd)
     if order is not None:
-        return y, y, rstd, order
-    rows = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+        return _Results(y, y, rstd, order, layout)
+    rows = torch.empty_like(x, dtype=out, memory_format=torch.contiguous_format)
     # Without rows any order will do: their strides say nothing.
     order = tuple(range(x.dim() - 1)) if is_empty(x) else row_order(rows)
     assert order is not None
-    return y, rows, rstd, order
+    return _Results(y, rows, rstd, order, layout)
+
+
+def _joint_results(
+    x: torch.Tensor, y: torch.Tensor, axis: int, compute: torch.dtype | None, layout: Layout | None
+) -> _Results:
+    """Those of heads that share a norm, which are taken in the order of x, a token at a time."""
+    rstd, order = None, _order_of(x)
+    if compute is not None:
+        tokens = [size for dim, size in enumerate(x.shape[:-1]) if dim != x.dim() + axis]
+        rstd = x.new_empty((*tokens, 1, 1), dtype=compute).movedim(-2, axis)
+    if row_order(y) == order:
+        return _Results(y, y, rstd, order, layout)
+    if layout is None:
+        return _Results(y, None, rstd, order, Layout(y, y.stride()[:-1]))
+    return _Results(y, torch.empty_like(x, dtype=y.dtype), rstd, order, layout)
 
 
 def _order_of(x: torch.Tensor) -> tuple[int, ...]:
