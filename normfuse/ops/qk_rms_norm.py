@@ -74,6 +74,7 @@ def qk_rms_norm_reference(
 def norm_reference(
     x: torch.Tensor, weight: torch.Tensor | None, eps: float, offset: float, plan: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """One of them: x (..., N) -> its norm and its rstd."""
     axis = heads_axis(weight)
     if axis is None or weight is None:
         return rms_norm_reference(x, weight, None, eps, offset, plan)

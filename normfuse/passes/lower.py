@@ -186,10 +186,12 @@ def _skip_views_there_and_back(graph: Graph, were_there: set[Node]) -> None:
 
 def _shows_the_same(one: Node, other: Node) -> bool:
     """Whether two views of the same memory are the same, without a guard on symbolic sizes."""
-    first, second = one.meta["val"], other.meta["val"]
-    return _signature(one) == _signature(other) and str(first.storage_offset()) == str(
-        second.storage_offset()
-    )
+
+    def shown(node: Node) -> tuple[Any, ...]:
+        value = node.meta["val"]
+        return _signature(node), str(value.storage_offset()), value.is_conj(), value.is_neg()
+
+    return shown(one) == shown(other)
 
 
 def _part_of(node: Any) -> tuple[Node | None, int]:

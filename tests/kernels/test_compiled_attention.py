@@ -27,7 +27,7 @@ def steps(model, arguments, interpreter):
 
 
 @pytest.mark.guarantee
-@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize("normed", [True, False, "jointly"])
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("kind", [Cached, CachedAt, Uncached, ReturnsBoth])
 def test_what_a_launch_writes_elsewhere_changes_no_bit(
@@ -56,3 +56,33 @@ def test_what_a_launch_writes_elsewhere_changes_no_bit(
     ]
     written = {Cached: ["keys", "values", "length"], CachedAt: ["keys", "values"]}
     assert changed == written.get(kind, [])
+
+
+class Layers(torch.nn.Module):
+    """Layers that show the tables of a model in views of their own, as those of transformers do."""
+
+    def __init__(self, normed):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(Uncached(normed=normed) for _ in range(3))
+
+    def forward(self, x, angles):
+        cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+        for layer in self.layers:
+            heads = layer(x, cos.unsqueeze(1), sin.unsqueeze(1))
+            x = x + heads.transpose(1, 2).flatten(2)[..., : x.shape[-1]]
+        return x
+
+
+@pytest.mark.guarantee
+@pytest.mark.parametrize("normed", [True, False, "jointly"])
+def test_tables_that_layers_share_change_no_bit(normed, interpreter, monkeypatch):
+    torch.manual_seed(0)
+    model, (x, *_) = Layers(normed), inputs(3)
+    arguments = [(x, torch.randn(x.shape[0], 3, 16))]
+
+    found = steps(copy.deepcopy(model), arguments, interpreter)
+    monkeypatch.setattr(lower, "share_operands", lambda graph: None)
+    expected = steps(copy.deepcopy(model), arguments, interpreter)
+
+    assert found[2] == expected[2] == ["qk_rms_norm_rope_kernel"] * 3
+    assert torch.equal(*found[0], *expected[0])
