@@ -109,6 +109,27 @@ def test_heads_that_turn_by_tables_of_their_own():
     assert found == (["rms_norm"], ["rms_norm", "rope"])
 
 
+class CallsTheOp(WholeProjections):
+    """The user's own call, whose weights say on which axis the heads are, before they move."""
+
+    def forward(self, x, cos, sin):
+        shape = (*x.shape[:-1], -1, DIM)
+        q, k = self.q_proj(x).view(shape), self.k_proj(x).view(shape)
+        weights = [norm.weight.view(-1, DIM) for norm in (self.q_norm, self.k_norm)]
+        q, k, _ = normfuse.qk_rms_norm(q, k, *weights)
+        k = rotary.llama(k.transpose(1, 2), cos, sin)
+        return rotary.attend(rotary.llama(q.transpose(1, 2), cos, sin), k, k)
+
+
+def test_a_joint_norm_that_the_user_calls_keeps_its_heads():
+    block, inputs = CallsTheOp().bfloat16(), (rotary.hidden_states(), *rotary.tables())
+    with torch.no_grad():
+        report = explain_with(block, inputs, options={"normfuse.lowering": "op"})
+        assert torch.equal(capture(block)(*inputs), block(*inputs))
+    assert "normfuse.qk_rms_norm.default" in report.after
+    assert "normfuse.rope.default" in report.after
+
+
 def test_training_keeps_the_norms_whose_gradient_has_a_kernel():
     block = WholeProjections()
     inputs = [rotary.hidden_states(torch.float32), *rotary.tables(torch.float32)]

@@ -23,6 +23,7 @@ from normfuse.passes.form import note_operands
 from normfuse.passes.kinds import is_pointwise, is_random, is_view
 from normfuse.patterns.fakes import fake_like
 
+_TURNS = "qk_rms_norm_rope_kernel"
 _TABLES = ("cos_ptr", "sin_ptr")
 _GRADIENTS = ("grad_y_ptr", "grad_total_ptr")
 
@@ -51,16 +52,17 @@ def share_operands(graph: Graph) -> None:
     """Give launches that read the same pointwise result the same memory of it.
 
     Each layer of a model may look at its tables in a view of its own, or cast them anew: those of
-    the first serve all.
+    the first serve all. Not in a backward, which would hold them while it holds most.
     """
     readers: dict[Node, list[Node]] = {}
     tables: dict[int, Node] = {}
     numbers: dict[Node, int] = {}
     for node in list(graph.nodes):
-        if inductor.kernel_of(node) is None:
+        kernel = inductor.kernel_of(node)
+        if kernel is None:
             continue
         numbers = numbers or _value_numbers(graph)
-        for name in _TABLES:
+        for name in _TABLES if kernel == _TURNS else ():
             table = _operands(node).get(name)
             if table is not None:
                 first = tables.setdefault(numbers[table], table)

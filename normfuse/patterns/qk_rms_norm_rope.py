@@ -98,6 +98,8 @@ def _turn(node: Node, context: Context) -> Node | None:
     part = Part.of(node)
     if part is None or any(existing_result(node, part.num + i) for i in range(part.num)):
         return None
+    if any(fake_of(weight).dim() != 1 for weight in part.weights):
+        return None  # it says which axis is that of the heads, and the views would move it
     ys = [existing_result(node, index) for index in range(part.num)]
     turns = [
         None if y is None else _turn_of(y, context, may_join=weight is not None)
