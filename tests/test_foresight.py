@@ -19,6 +19,7 @@ from normfuse.testing import capture
 from normfuse.tuning import Document, Entry, Key, Measurement, minor
 from tests import blocks, gated_blocks, op_arguments, rotary
 from tests.blocks import activation
+from tests.test_joint_norms import Spelled as JointNorms
 
 TORCH = minor(torch.__version__)
 LLAMA = "f32 unit=f32>bf16 weight=bf16 out=bf16"
@@ -124,8 +125,8 @@ class TestATableThatKnowsSomeSites:
     def ops(self):
         return ops_of(self.module, PAIR)
 
-    def learn(self, op, inline_us, triton_us, *, rows=4, neighbours=(), width=8):
-        key = Key("A GPU", TORCH, op, (LLAMA,), (width,), "bf16")
+    def learn(self, op, inline_us, triton_us, *, rows=4, neighbours=(), width=8, words=()):
+        key = Key("A GPU", TORCH, op, (LLAMA, *words), (width,), "bf16")
         entry = Entry(key, Measurement(rows, neighbours, inline_us, triton_us))
         provenance = ("A GPU", torch.__version__, "3.6.0", "0.1", "2026-01-31", "a test")
         tuning.tables().add(Document(*provenance, (entry,)))
@@ -150,6 +151,15 @@ class TestATableThatKnowsSomeSites:
             self.learn("rope", 20.0, 10.0, width=rotary.DIM)
             assert ops_of(turned, ATTENTION) == ["rope"]
             assert self.ops() == []  # whose norms are as wide
+
+    def test_a_norm_over_several_heads_is_as_wide_as_all_of_them(self):
+        joint = JointNorms().bfloat16()
+        words = (f"over {rotary.HEADS} heads", f"over {rotary.KEY_HEADS} heads")
+        with torch.no_grad():
+            self.learn("qk_rms_norm_rope", 20.0, 10.0, width=rotary.DIM)
+            assert ops_of(joint, ATTENTION) == []
+            self.learn("qk_rms_norm_rope", 20.0, 10.0, width=rotary.DIM, words=words)
+            assert ops_of(joint, ATTENTION) == ["qk_rms_norm_rope"]
 
     def test_the_length_of_one_vector_is_as_wide_as_the_vector(self):
         """Its result has no axis at all."""

@@ -18,6 +18,7 @@ from normfuse.passes.region import (
     cut_out,
     key_of,
     neighbours_of,
+    normalised_widths,
     rows_of,
     sites_by_tables,
 )
@@ -107,7 +108,9 @@ def widths_won(device_names: Iterable[str], settings: Settings) -> Widths:
     """The widths at which any kernel of a forward won anything."""
     keys = [key for key in _winners(device_names, settings) if not key.op.endswith("_backward")]
     whole, turned = (
-        frozenset(width for key in keys if (key.op == "rope") is turns for width in key.widths)
+        frozenset(
+            width for key in keys if (key.op == "rope") is turns for width in normalised_widths(key)
+        )
         for turns in (False, True)
     )
     grouped = (key.widths[0] for key in keys if key.op == "gated_rms_norm")

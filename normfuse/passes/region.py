@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -100,6 +101,13 @@ def _joint_norms(node: Node) -> list[str]:
     weights: Any = node.args[1]
     counts = [num_joint(_value(weight)) for weight in weights]
     return [f"over {count} heads" for count in counts if count > 1]
+
+
+def normalised_widths(key: Key) -> set[int]:
+    """The widths of a key, and those of the rows that its norms over several heads normalise."""
+    counts = [re.fullmatch(r"over (\d+) heads", word) for word in key.parameters]
+    joint = {int(count[1]) * width for count in counts if count for width in key.widths}
+    return joint.union(key.widths)
 
 
 def _lacks_grad_total(node: Node) -> bool:
