@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 
+from normfuse.ops.qk_rms_norm_rope import qk_rms_norm_rope_reference
 from normfuse.ops.residual_sum import Scales
+from normfuse.ops.rotation import Rotation
+from normfuse.ops.rounding import RoundingPlan
 
 
 def rms_norm(
@@ -14,6 +20,29 @@ def rms_norm(
     x = x.double()
     unit = x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
     return unit if weight is None else unit * (weight.double() + offset)
+
+
+def qk_rms_norm_rope(
+    xs: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: Sequence[float],
+    offsets: Sequence[float],
+    _plans: Sequence[str],
+    rotations: Sequence[str],
+) -> list[torch.Tensor]:
+    """The op's own formula on the same operands in float64, without any rounding of theirs."""
+    wide = torch.float64
+    turns = [Rotation.parse(rotation) for rotation in rotations]
+    return qk_rms_norm_rope_reference(
+        *([tensor.double() for tensor in tensors] for tensors in (xs, weights)),
+        *(table.double() for table in (cos, sin)),
+        eps,
+        offsets,
+        [str(RoundingPlan.once(wide, wide))] * len(xs),
+        [str(replace(turn, dtype=wide, out=wide)) for turn in turns if turn is not None],
+    )
 
 
 def gated_rms_norm(

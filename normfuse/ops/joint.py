@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 
@@ -65,6 +64,8 @@ def obstacle_to_joint_norms(
         weights: of each, None for a weightless one.
         cos: what broadcasts against those that turn, if any does.
     """
+    from normfuse.ops.kernels.rows import known
+
     for x, weight in zip(xs, weights, strict=True):
         axis = heads_axis(weight)
         if axis is None:
@@ -74,11 +75,11 @@ def obstacle_to_joint_norms(
             return "the number of heads is symbolic, and the kernel is compiled for one"
         if _power_of_2(sizes[0]) * _power_of_2(sizes[1]) > MAX_WIDTH:
             return f"the heads of a token are wider than the {MAX_WIDTH} that a program holds"
-        if not (_known(x.stride(-1) == 1) and _known(x.stride(axis) == sizes[1])):
+        if not (known(x.stride(-1) == 1) and known(x.stride(axis) == sizes[1])):
             return "the heads of a token do not lie side by side, and one program takes them all"
         if not _follow(x, axis):
             return "the tokens do not lie in order, as the kernel writes their statistics"
-        if cos is not None and cos.dim() >= -axis and not _known(cos.shape[axis] == 1):
+        if cos is not None and cos.dim() >= -axis and not known(cos.shape[axis] == 1):
             return "heads of one token turn by different angles, and one program takes them all"
     return None
 
@@ -89,15 +90,8 @@ def _power_of_2(size: int) -> int:
 
 def _follow(x: torch.Tensor, axis: int) -> bool:
     """Whether the axes of tokens stand in the order in which they lie in memory."""
+    from normfuse.ops.kernels.rows import known
+
     leading = [dim for dim in range(x.dim() - 1) if dim != x.dim() + axis]
-    strides = [x.stride(dim) for dim in leading if not _known(x.shape[dim] == 1)]
-    return all(_known(outer >= inner) for outer, inner in pairwise(strides))
-
-
-def _known(condition: Any) -> bool:
-    """Whether a condition on sizes or strides certainly holds; adds no guard."""
-    if isinstance(condition, bool):
-        return condition
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-    return statically_known_true(condition)
+    strides = [x.stride(dim) for dim in leading if not known(x.shape[dim] == 1)]
+    return all(known(outer >= inner) for outer, inner in pairwise(strides))

@@ -101,15 +101,7 @@ def test_errs_no_more_than_eager(tokens, width, dtype):
     results = torch.ops.normfuse.qk_rms_norm_rope(*arguments)
 
     eager = qk_rms_norm_rope_reference(*arguments)
-    exact = qk_rms_norm_rope_reference(
-        [x.double() for x in xs],
-        [weight.double() for weight in weights],
-        cos.double(),
-        sin.double(),
-        *numbers,
-        [str(RoundingPlan.once(F64, F64))] * 2,
-        [f"half {width} in=f64 out=f64"] * 2,
-    )
+    exact = float64.qk_rms_norm_rope(*arguments)
     for result, other, truth in zip(results[:2], eager, exact, strict=False):
         float64.assert_as_close_as_eager(result, other, truth)
 
@@ -160,15 +152,7 @@ def test_norms_over_all_heads_of_a_token(tokens, counts, contiguous):
 
     assert layouts(results) == layouts(qk_rms_norm_rope_fake(*arguments))
     eager = qk_rms_norm_rope_reference(*arguments)
-    exact = qk_rms_norm_rope_reference(
-        [x.double() for x in xs],
-        [weight.double() for weight in weights],
-        cos.double(),
-        sin.double(),
-        *numbers,
-        [str(RoundingPlan.once(F64, F64))] * 2,
-        ["half 128 in=f64 out=f64"] * 2,
-    )
+    exact = float64.qk_rms_norm_rope(*arguments)
     for result, other, truth in zip(results[:2], eager, exact, strict=False):
         float64.assert_as_close_as_eager(result, other, truth)
 

@@ -94,19 +94,12 @@ def test_errs_no_more_than_eager(launch, dtype, name):
     xs, weights = queries_and_keys(random, dtype), [random(64, dtype=dtype) for _ in range(2)]
     plans, turns = [str(gemma(dtype))] * 2, [rotation(name, dtype)] * 2
     numbers = ([EPS] * 2, [1.0] * 2)
-    cos_sin = tables(name, dtype)
+    arguments = (xs, weights, *tables(name, dtype), *numbers, plans, turns)
 
-    results = run(launch, (xs, weights, *cos_sin, *numbers, plans, turns))
+    results = run(launch, arguments)
 
-    eager = qk_rms_norm_rope_reference(xs, weights, *cos_sin, *numbers, plans, turns)
-    exact = qk_rms_norm_rope_reference(
-        [x.double() for x in xs],
-        [weight.double() for weight in weights],
-        *(table.double() for table in cos_sin),
-        *numbers,
-        [str(RoundingPlan.once(F64, F64))] * 2,
-        [rotation(name, F64)] * 2,
-    )
+    eager = qk_rms_norm_rope_reference(*arguments)
+    exact = float64.qk_rms_norm_rope(*arguments)
     for result, other, truth in zip(results[:2], eager, exact, strict=False):
         float64.assert_as_close_as_eager(result, other, truth)
 

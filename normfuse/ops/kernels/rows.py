@@ -8,6 +8,7 @@ symbolic: nothing here adds a guard.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -223,20 +224,9 @@ def addressed_with(
     steps = [0] * x.dim() if table is None else _broadcast_strides(table, x.dim())
     # A level that is placed, where the strides of a result are 0, merges with no other.
     places = [0] * x.dim() if layout is None else layout.strides
-    merged: list[tuple[Any, ...]] = []
-    levels: list[int] = []  # the last axis of each
-    for dim in order:
-        size, strides = x.shape[dim], (x.stride(dim), steps[dim], places[dim])
-        is_apart = apart is not None and dim == x.dim() + apart
-        if is_apart:
-            merged += [(1, 0, 0, 0)] * (2 - len(merged))
-            levels += [-1] * (2 - len(levels))
-        outer = merged[-1][1:] if merged and not is_apart else ()
-        if outer and all(known(a == size * b) for a, b in zip(outer, strides, strict=True)):
-            merged[-1], levels[-1] = (merged[-1][0] * size, *strides), dim
-        else:
-            merged.append((size, *strides))
-            levels.append(dim)
+    strides = list(zip(x.stride()[:-1], steps[:-1], places, strict=False))
+    inner = None if apart is None else x.dim() + apart
+    merged, levels = _levels(x.shape, strides, order, inner)
     assert len(merged) <= 3, f"rows of {x.dim()} dimensions have no single stride"
     size, stride, step, place = merged[-1] if merged else (1, 0, 0, 0)
     pieces = [*merged, *[(1, 0, 0, 0)] * 3][:3]
@@ -249,6 +239,30 @@ def addressed_with(
         level = "none" if placed is None else ("outer", "middle", "inner")[placed]
         found = ResultStrides(*of_result, place, level)
     return x, SharedRowStrides(*sizes[1:], *of_x, *of_table), neighbours, found
+
+
+def _levels(
+    shape: Sequence[Any], strides: Sequence[tuple[Any, ...]], order: tuple[int, ...], apart: Any
+) -> tuple[list[tuple[Any, ...]], list[int]]:
+    """(size, *strides) of each level, whose axes merge if one stride serves, and its last axis.
+
+    The axis `apart`, if there is one, is the third level, and those that are missing have no axis.
+    """
+    merged: list[tuple[Any, ...]] = []
+    levels: list[int] = []
+    for dim in order:
+        size = shape[dim]
+        if dim == apart:
+            absent = 2 - len(merged)
+            merged, levels = merged + [(1, 0, 0, 0)] * absent, levels + [-1] * absent
+        outer = merged[-1][1:] if merged and dim != apart else ()
+        pairs = zip(outer, strides[dim], strict=False)
+        if outer and all(known(a == size * b) for a, b in pairs):
+            merged[-1], levels[-1] = (merged[-1][0] * size, *strides[dim]), dim
+        else:
+            merged.append((size, *strides[dim]))
+            levels.append(dim)
+    return merged, levels
 
 
 def _broadcast_strides(table: torch.Tensor, rank: int) -> list[Any]:
